@@ -1,0 +1,200 @@
+"""One attention interface, Flash Attention's, over the backends that this machine can run.
+
+B batch, T queries, S cache positions, H query heads, Hkv key/value heads (H a multiple of Hkv), D head dim.
+`window_size=(w, 0)`: each position sees itself and the w positions before it; w = -1 means all of them.
+"""
+
+import os
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.common import UserError, print0
+
+
+# --- sdpa: PyTorch's scaled dot product attention, on every device ------------------------------------------------
+
+
+def _heads_first(q, k, v):
+    """(B, T, H, D) -> (B, H, T, D), with key/value heads repeated for grouped queries."""
+    repeats = q.size(2) // k.size(2)
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _sdpa(q, k, v, causal, window_size):
+    q, k, v = _heads_first(q, k, v)
+    window = window_size[0]
+    if window < 0 or window >= q.size(2) - 1 or not causal:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    else:
+        out = _sdpa_windowed(q, k, v, window)
+    return out.transpose(1, 2)
+
+
+def _sdpa_windowed(q, k, v, window):
+    """Causal attention over `window` previous positions and the own one, (B, H, T, D).
+
+    The sequence is folded into blocks of `window`: a block's queries see their own block and the one before, so the
+    cost is linear in T and no T x T mask exists.
+    """
+    B, H, T, D = q.shape
+    if window == 0:
+        return v
+    pad = -T % window
+    if pad:
+        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
+    blocks = q.size(2) // window
+    first = F.scaled_dot_product_attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], is_causal=True)
+
+    def fold(x):  # (B, H, blocks, w, D) -> (B * (blocks - 1), H, w, D), block 0 left out
+        return x.transpose(1, 2)[:, 1:].reshape(B * (blocks - 1), H, -1, D)
+
+    queries, keys, values = (x.view(B, H, blocks, window, D) for x in (q, k, v))
+    previous = [torch.cat((x.roll(1, dims=2), x), dim=3) for x in (keys, values)]  # (B, H, blocks, 2w, D)
+    query, key = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device)[None]
+    mask = (key >= query) & (key <= query + window)
+    rest = F.scaled_dot_product_attention(fold(queries), *map(fold, previous), attn_mask=mask)
+    rest = rest.view(B, blocks - 1, H, window, D).transpose(1, 2).reshape(B, H, -1, D)
+    return torch.cat((first, rest), dim=2)[:, :, :T]
+
+
+def _sdpa_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, causal, window_size):
+    B, T = q.shape[:2]
+    positions = cache_seqlens[:, None].long() + torch.arange(T, device=q.device)  # (B, T)
+    rows = torch.arange(B, device=q.device)[:, None]
+    if k is not None:
+        k_cache[rows, positions] = k
+        v_cache[rows, positions] = v
+    columns = torch.arange(k_cache.size(1), device=q.device)
+    last = positions if causal else positions[:, -1:].expand(B, T)
+    mask = columns <= last[..., None]  # (B, T, S)
+    if window_size[0] >= 0:
+        mask &= columns >= positions[..., None] - window_size[0]
+    q, keys, values = _heads_first(q, k_cache, v_cache)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None]).transpose(1, 2)
+
+
+# --- blocked: matrix products over blocks of queries, for CPUs, where they beat PyTorch's SDPA kernel ----------------
+
+
+def _blocks(T: int, window: int) -> list[tuple[int, int, int]]:
+    """(first query, end, first key) of each block of queries; at most 16 blocks, so that they can be unrolled."""
+    size = max(128, -(-T // 16))
+    starts = range(0, T, size)
+    return [(a, min(a + size, T), max(0, a - window) if window >= 0 else 0) for a in starts]
+
+
+def _block_scores(q, k, first_query, first_key, window):
+    """Masked scores (N, queries, keys) in fp32 of a block; positions as floats, which vectorize better than ints."""
+    scores = torch.bmm(q, k.transpose(1, 2)).float()
+    row = torch.arange(first_query, first_query + q.size(1), dtype=torch.float32, device=q.device)[:, None]
+    column = torch.arange(first_key, first_key + k.size(1), dtype=torch.float32, device=q.device)
+    visible = column <= row
+    if window >= 0:
+        visible = visible & (column >= row - window)
+    return torch.where(visible, scores, float("-inf"))
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Causal attention of q, k, v (N, T, D), q already scaled; the backward pass recomputes the probabilities."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, window):
+        outs, normalizers = [], []
+        for a, b, first in _blocks(q.size(1), window):
+            scores = _block_scores(q[:, a:b], k[:, first:b], a, first, window)
+            normalizer = torch.logsumexp(scores, dim=-1, keepdim=True)
+            outs.append(torch.bmm(torch.exp(scores - normalizer).to(v.dtype), v[:, first:b]))
+            normalizers.append(normalizer)
+        out = torch.cat(outs, dim=1)
+        ctx.save_for_backward(q, k, v, out, torch.cat(normalizers, dim=1))
+        ctx.window = window
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, normalizer = ctx.saved_tensors
+        inner = (grad.float() * out.float()).sum(dim=-1, keepdim=True)
+        grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
+        for a, b, first in _blocks(q.size(1), ctx.window):
+            scores = _block_scores(q[:, a:b], k[:, first:b], a, first, ctx.window)
+            probability = torch.exp(scores - normalizer[:, a:b])
+            grad_probability = torch.bmm(grad[:, a:b], v[:, first:b].transpose(1, 2)).float()
+            grad_scores = (probability * (grad_probability - inner[:, a:b])).to(q.dtype)
+            grad_q.append(torch.bmm(grad_scores, k[:, first:b]))
+            grad_k[:, first:b] += torch.bmm(grad_scores.transpose(1, 2), q[:, a:b])
+            grad_v[:, first:b] += torch.bmm(probability.to(v.dtype).transpose(1, 2), grad[:, a:b])
+        return torch.cat(grad_q, dim=1), grad_k, grad_v, None
+
+
+def _blocked(q, k, v, causal, window_size):
+    if not causal:
+        return _sdpa(q, k, v, causal, window_size)
+    B, T, H, D = q.shape
+    q, k, v = (x.reshape(B * H, T, D) for x in _heads_first(q * D**-0.5, k, v))
+    out = _BlockedAttention.apply(q, k, v, window_size[0])
+    return out.view(B, H, T, D).transpose(1, 2)
+
+
+BLOCKED = SimpleNamespace(name="blocked", usable=lambda device, dtype: device.type == "cpu", func=_blocked,
+                          with_kvcache=_sdpa_with_kvcache)
+SDPA = SimpleNamespace(name="sdpa", usable=lambda device, dtype: True, func=_sdpa, with_kvcache=_sdpa_with_kvcache)
+BACKENDS = (BLOCKED, SDPA)  # best first
+
+
+# --- choice -------------------------------------------------------------------------------------------------------
+
+
+def _runs(backend, device, dtype) -> bool:
+    """Launch a small windowed problem: a backend that loads is not yet a backend that runs."""
+    q = torch.ones(1, 8, 1, 64, device=device, dtype=dtype)
+    try:
+        out = backend.func(q, q, q, True, (2, 0))
+        return bool(torch.isfinite(out).all())
+    except (RuntimeError, ImportError, NotImplementedError) as error:
+        print0(f"attention backend {backend.name} does not run here ({str(error).splitlines()[0]})")
+        return False
+
+
+_chosen: dict = {}  # (device type, dtype) -> backend
+
+
+def choose_backend(device_type: str, dtype: torch.dtype):
+    """The best backend that runs on this device, chosen once; $NANOCHAT_ATTENTION names one instead."""
+    if (device_type, dtype) not in _chosen:
+        _chosen[device_type, dtype] = _choose_backend(device_type, dtype)
+    return _chosen[device_type, dtype]
+
+
+def _choose_backend(device_type: str, dtype: torch.dtype):
+    wanted = os.environ.get("NANOCHAT_ATTENTION")
+    names = [b.name for b in BACKENDS]
+    if wanted and wanted not in names:
+        raise UserError(f"NANOCHAT_ATTENTION={wanted}: expected one of {', '.join(names)}")
+    device = torch.device(device_type)
+    for backend in BACKENDS:
+        if wanted in (None, "", backend.name) and backend.usable(device, dtype) and _runs(backend, device, dtype):
+            return backend
+    raise UserError(f"no attention backend runs on {device_type} in {dtype}"
+                    + (f"; unset NANOCHAT_ATTENTION={wanted}" if wanted else ""))
+
+
+def flash_attn_func(q, k, v, causal: bool = True, window_size: tuple[int, int] = (-1, -1)) -> torch.Tensor:
+    """Attention of q (B, T, H, D) over k and v (B, T, Hkv, D) -> (B, T, H, D)."""
+    return choose_backend(q.device.type, q.dtype).func(q, k, v, causal, window_size)
+
+
+def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, causal: bool = True,
+                            window_size: tuple[int, int] = (-1, -1)) -> torch.Tensor:
+    """Write k and v (B, T, Hkv, D) into the caches (B, S, Hkv, D) at each row's length, then attend -> (B, T, H, D).
+
+    `cache_seqlens` (B,): how many positions of each row are filled before this call.
+    """
+    backend = choose_backend(q.device.type, q.dtype)
+    return backend.with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, causal, window_size)
+
+
+flash_attn = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_with_kvcache)

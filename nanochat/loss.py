@@ -1,0 +1,82 @@
+"""Cross-entropy of softcapped logits, without the fp32 logits of a whole batch.
+
+N tokens, C channels, V vocabulary. logits = cap * tanh(hidden @ weight.T / cap), |logits| <= cap, so the exponentials
+need no maximum subtracted. Targets of -1 are ignored.
+"""
+
+import torch
+import torch.nn.functional as F
+
+SOFTCAP = 15.0
+
+
+def softcap(logits: torch.Tensor) -> torch.Tensor:
+    """15 * tanh(logits / 15) in fp32."""
+    return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
+
+
+def _chunk_forward_backward(raw: torch.Tensor, targets: torch.Tensor):
+    """Raw logits (n, V) and targets (n,) -> summed loss, and its gradient with respect to the raw logits."""
+    valid = (targets >= 0)[:, None]
+    index = targets.clamp(min=0)[:, None]
+    squashed = 1 - 2 / (1 + torch.exp(raw.float() * (2 / SOFTCAP)))  # tanh(raw / cap), cheaper than torch.tanh
+    exponentials = torch.exp(SOFTCAP * squashed)
+    normalizer = exponentials.sum(dim=-1, keepdim=True)
+    gradient = (exponentials * (valid / normalizer) * (1 - squashed * squashed)).to(raw.dtype)
+    at_target = torch.tanh(raw.gather(1, index).float() / SOFTCAP)
+    loss = (valid * (normalizer.log() - SOFTCAP * at_target)).sum()
+    probability = torch.exp(SOFTCAP * at_target) / normalizer
+    target_gradient = valid * (probability - 1) * (1 - at_target * at_target)
+    return loss, gradient.scatter(1, index, target_gradient.to(raw.dtype))
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Computes the gradients chunk by chunk in the forward pass, while the chunk's logits are at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk_tokens, chunk_fn):
+        compute_weight = weight.to(hidden.dtype)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden.size(0), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            raw = F.linear(hidden[rows], compute_weight)
+            loss, grad_raw = chunk_fn(raw, targets[rows])
+            total += loss
+            grad_hidden[rows] = grad_raw @ compute_weight
+            grad_weight += grad_raw.t() @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_output.to(grad_hidden.dtype), grad_weight * grad_output, None, None, None
+
+
+def _token_losses(hidden, weight, targets):
+    logits = softcap(F.linear(hidden, weight.to(hidden.dtype)))
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+
+
+def softcap_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str = "mean",
+                          chunk_tokens: int = 1024, chunk_fn=_chunk_forward_backward) -> torch.Tensor:
+    """Loss of hidden (N, C) under the head `weight` (V, C) for targets (N,), in fp32.
+
+    reduction "sum" or "mean" (over the targets that are not -1) gives a scalar, "none" gives (N,). `chunk_fn` lets the
+    caller pass a compiled `_chunk_forward_backward`.
+    """
+    if reduction == "none" or not torch.is_grad_enabled():
+        chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
+        if torch.is_grad_enabled():
+            chunks = ((torch.utils.checkpoint.checkpoint(_token_losses, h, weight, t, use_reentrant=False))
+                      for h, t in chunks)
+            losses = torch.cat(list(chunks))
+        else:
+            losses = torch.cat([_token_losses(h, weight, t) for h, t in chunks])
+        if reduction == "none":
+            return losses
+        total = losses.sum()
+    else:
+        total = _SummedLoss.apply(hidden, weight, targets, chunk_tokens, chunk_fn)
+    return total / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else total

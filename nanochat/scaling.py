@@ -1,0 +1,111 @@
+"""From depth to a run: width, tokens, batch, learning rates, decay; parameter and FLOP counts."""
+
+import math
+from dataclasses import dataclass
+
+from nanochat.common import UserError
+from nanochat.gpt import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig
+
+REFERENCE_BATCH = 2**19  # tokens a step that the default learning rates were tuned for, at depth 12
+REFERENCE_DEPTH = 12
+BATCH_EXPONENT = 0.383
+MAX_DEVICE_BATCH = 32
+
+
+def config_for_depth(depth: int, vocab_size: int, sequence_len: int = 2048, aspect_ratio: int = 64,
+                     head_dim: int = 128, window_pattern: str = "SSSL") -> GPTConfig:
+    """The model of a depth: width = depth x aspect ratio, rounded up to whole heads."""
+    if head_dim % 2:
+        raise UserError(f"head dim {head_dim}: expected an even number (rotary pairs)")
+    width = -(-depth * aspect_ratio // head_dim) * head_dim
+    heads = width // head_dim
+    return GPTConfig(sequence_len, vocab_size, depth, heads, heads, width, window_pattern)
+
+
+def count_parameters(config: GPTConfig) -> dict[str, int]:
+    """Number of parameters by kind; "scaling" is what horizons are multiples of, "total" is all of them."""
+    kv_channels, gated = config.n_kv_head * config.head_dim, sum(map(config.has_value_embedding, range(config.n_layer)))
+    per_block = 2 * config.n_embd**2 + 2 * config.n_embd * kv_channels + 8 * config.n_embd**2
+    counts = {
+        "wte": config.padded_vocab_size * config.n_embd,
+        "value_embeds": gated * config.padded_vocab_size * kv_channels,
+        "lm_head": config.padded_vocab_size * config.n_embd,
+        "blocks": config.n_layer * per_block + gated * VE_GATE_CHANNELS * config.n_kv_head,
+        "scalars": 2 * config.n_layer + SMEAR_CHANNELS + 2,
+    }
+    return counts | {"scaling": counts["blocks"] + counts["lm_head"], "total": sum(counts.values())}
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Training FLOPs of one token: 6 x matmul parameters + 12 x heads x head_dim x attended positions."""
+    counts = count_parameters(config)
+    windows = [config.sequence_len if w < 0 else min(w, config.sequence_len) for w in config.windows()]
+    attention = 12 * config.n_head * config.head_dim * sum(windows)
+    return 6 * (counts["blocks"] + counts["lm_head"] + SMEAR_CHANNELS) + attention
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that depth decides, after overrides."""
+
+    num_iterations: int
+    total_batch_size: int  # tokens a step
+    device_batch_size: int  # rows a micro-step
+    grad_accum_steps: int
+    target_tokens: float
+    lr_scale: float
+    weight_decay: float
+    flops_per_token: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.num_iterations * self.total_batch_size
+
+    @property
+    def total_flops(self) -> float:
+        return float(self.flops_per_token) * self.total_tokens
+
+
+def plan(config: GPTConfig, *, num_iterations: int | None = None, target_flops: float | None = None,
+         target_param_data_ratio: float = 12.0, total_batch_size: int | None = None,
+         device_batch_size: int | None = None, weight_decay: float = 0.28, world_size: int = 1,
+         aspect_ratio: int = 64, head_dim: int = 128) -> RunPlan:
+    """The run of a model. Horizon: `num_iterations`, else `target_flops`, else ratio x scaling parameters.
+
+    Batch 2^19 x (D / D_ref)^0.383, to a power of two; learning rates x sqrt(B / 2^19); weight decay
+    x sqrt(B / 2^19) x D_ref / D, with D_ref = ratio x scaling parameters of depth 12. With `num_iterations`, D is
+    ratio x scaling parameters all the same, so that a short trial trains as the full run begins.
+    """
+    flops = flops_per_token(config)
+    ratio = target_param_data_ratio
+    reference = config_for_depth(REFERENCE_DEPTH, config.vocab_size, config.sequence_len, aspect_ratio, head_dim)
+    reference_tokens = ratio * count_parameters(reference)["scaling"]
+    target_tokens = ratio * count_parameters(config)["scaling"]
+    if num_iterations is None and target_flops is not None:
+        target_tokens = target_flops / flops
+    batch = total_batch_size or 2 ** round(
+        math.log2(REFERENCE_BATCH * (target_tokens / reference_tokens) ** BATCH_EXPONENT))
+    device_batch = device_batch_size or _default_device_batch(batch, config.sequence_len, world_size)
+    tokens_per_micro_step = device_batch * config.sequence_len * world_size
+    if batch % tokens_per_micro_step:
+        raise UserError(f"--total-batch-size={batch} tokens is no multiple of device batch {device_batch} rows x "
+                        f"{config.sequence_len} tokens x {world_size} ranks = {tokens_per_micro_step}; "
+                        f"try --total-batch-size={max(1, round(batch / tokens_per_micro_step)) * tokens_per_micro_step}"
+                        " or another --device-batch-size")
+    batch_scale = (batch / REFERENCE_BATCH) ** 0.5
+    return RunPlan(
+        num_iterations=num_iterations or max(1, round(target_tokens / batch)),
+        total_batch_size=batch,
+        device_batch_size=device_batch,
+        grad_accum_steps=batch // tokens_per_micro_step,
+        target_tokens=target_tokens,
+        lr_scale=batch_scale,
+        weight_decay=weight_decay * batch_scale * reference_tokens / target_tokens,
+        flops_per_token=flops,
+    )
+
+
+def _default_device_batch(batch: int, sequence_len: int, world_size: int) -> int:
+    """The most rows up to 32 that divide the batch, at least 1."""
+    rows = max(1, batch // (sequence_len * world_size))
+    return next(n for n in range(min(MAX_DEVICE_BATCH, rows), 0, -1) if rows % n == 0)

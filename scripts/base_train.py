@@ -1,0 +1,263 @@
+"""Pretrain a base model; depth decides everything that no flag does.
+
+python -m scripts.base_train --depth=12
+torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=24 --run=d24
+"""
+
+import os
+from dataclasses import asdict, dataclass
+
+from nanochat import schedule
+from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, check_tokenizer, config_from_meta,
+                                         config_to_meta, environment, find_step, find_steps, load_meta,
+                                         load_optimizer_states, load_tensors, set_aside, source_dir)
+from nanochat.common import (DTYPES, Parser, StopRequest, UserError, add_runtime_flags, compute_cleanup,
+                             compute_init, integer, number, print0, run_script)
+from nanochat.dataloader import PretrainLoader, fixed_rows
+from nanochat.dataset import check_readable, find_corpus
+from nanochat.engine import Engine
+from nanochat.gpt import build_model
+from nanochat.hardware import peak_for
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.optim import build_optimizer
+from nanochat.progress import Progress, clock, human
+from nanochat.scaling import config_for_depth, count_parameters, plan
+from nanochat.tokenizer import get_tokenizer
+from nanochat.train_step import (collect_garbage, get_rng_state, make_scaler, set_rng_state, set_schedules,
+                                 start_compile, train_step)
+
+SAMPLE_PROMPTS = ("The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow",
+                  "The opposite of hot is", "The planets of the solar system are", "My favorite color is",
+                  "If 5*x + 3 = 13, then x is")
+
+
+@dataclass
+class LoopState:
+    """What the loop knows; saved and restored whole."""
+
+    step: int = 0
+    val_bpb: float | None = None
+    best_val_bpb: float | None = None
+    trained_s: float = 0.0
+
+
+def parse_args(argv):
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", default="dummy", help="name of the wandb run; dummy: no wandb")
+    add_runtime_flags(parser)
+    # model
+    parser.add_argument("--depth", type=integer(1), default=20, help="number of layers")
+    parser.add_argument("--aspect-ratio", type=integer(1), default=64, help="width = depth x this")
+    parser.add_argument("--head-dim", type=integer(2), default=128, help="channels of an attention head, even")
+    parser.add_argument("--max-seq-len", type=integer(2), default=2048, help="context, tokens")
+    parser.add_argument("--window-pattern", default="SSSL", help="tiled over layers: L full context, S a quarter")
+    parser.add_argument("--fp8", action="store_true", help="float8 matrix products; H100 or newer, needs torchao")
+    # horizon: the first that is given
+    parser.add_argument("--num-iterations", type=integer(1, off=-1), default="-1", help="optimizer steps")
+    parser.add_argument("--target-flops", type=number(1, off=-1), default="-1", help="training FLOPs")
+    parser.add_argument("--target-param-data-ratio", type=number(1e-3), default=12.0, help="tokens per parameter")
+    # optimization
+    parser.add_argument("--device-batch-size", type=integer(1), default=None,
+                        help="rows a device takes at a time; lower it when memory runs out (32, or fewer if the batch is "
+                             "smaller)")
+    parser.add_argument("--total-batch-size", type=integer(1, off=-1), default="-1", help="tokens a step; -1 by the plan")
+    parser.add_argument("--embedding-lr", type=number(), default=0.3, help="at width 768 and batch 2^19")
+    parser.add_argument("--unembedding-lr", type=number(), default=0.008, help="likewise")
+    parser.add_argument("--matrix-lr", type=number(), default=0.02, help="of Muon, likewise")
+    parser.add_argument("--scalar-lr", type=number(), default=0.5, help="likewise")
+    parser.add_argument("--weight-decay", type=number(), default=0.28, help="of Muon, at depth 12 and batch 2^19")
+    parser.add_argument("--warmup-steps", type=integer(0), default=40, help="steps of linear warmup")
+    parser.add_argument("--warmdown-ratio", type=number(0, 1), default=0.65, help="share of the run that decays")
+    parser.add_argument("--final-lr-frac", type=number(0, 1), default=0.05, help="learning rate at the end, as a share")
+    # evaluation, output
+    parser.add_argument("--eval-every", type=integer(1, off=-1), default=250, help="steps; -1 at the end only")
+    parser.add_argument("--eval-tokens", type=integer(1), default=80 * 2**19, help="tokens of the validation split")
+    parser.add_argument("--sample-every", type=integer(1, off=-1), default=2000, help="steps; -1 at the end only")
+    parser.add_argument("--save-every", type=integer(1, off=-1), default="-1", help="steps; -1 at the end only")
+    parser.add_argument("--keep-last", type=integer(1, off=-1), default="-1", help="checkpoints to keep; -1 all")
+    parser.add_argument("--resume", type=integer(0), nargs="?", const="latest", default=None, metavar="STEP",
+                        help="go on from the last checkpoint, or from STEP; starts afresh if there is none yet")
+    parser.add_argument("--model-tag", default=None, help="name of the checkpoint directory (d<depth>)")
+    parser.add_argument("--data-dir", default=None, help="folder of parquet, jsonl or txt files in place of the corpus")
+    return parser.parse_args(argv)
+
+
+def check_resume(meta: dict, config, args, run_plan) -> None:
+    """UserError unless the run that is resumed has the same model and the same schedule."""
+    stored = config_from_meta(meta["model_config"])
+    if stored != config:
+        differing = [f"{name} {getattr(stored, name)} in the checkpoint, {getattr(config, name)} now"
+                     for name in asdict(config) if getattr(stored, name) != getattr(config, name)]
+        raise UserError(f"--resume needs the model of the checkpoint: {'; '.join(differing)}. Give the same --depth, "
+                        "--max-seq-len and so on, or another --model-tag")
+    now = {"num_iterations": run_plan.num_iterations, "total_batch_size": run_plan.total_batch_size}
+    now |= {name: getattr(args, name) for name in (
+        "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "warmup_steps", "warmdown_ratio",
+        "final_lr_frac")}
+    before = meta["user_config"] | {k: meta["plan"][k] for k in ("num_iterations", "total_batch_size")}
+    differing = [f"{k.replace('_', '-')} {before[k]} in the checkpoint, {now[k]} now" for k in now if before[k] != now[k]]
+    if differing:
+        raise UserError(f"--resume needs the settings of the checkpoint: {'; '.join(differing)}")
+
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+
+    # --- everything that needs no device ---
+    tokenizer = get_tokenizer()
+    corpus = find_corpus(args.data_dir)
+    config = config_for_depth(args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio,
+                              args.head_dim, args.window_pattern)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    run_plan = plan(config, num_iterations=args.num_iterations, target_flops=args.target_flops,
+                    target_param_data_ratio=args.target_param_data_ratio, total_batch_size=args.total_batch_size,
+                    device_batch_size=args.device_batch_size, weight_decay=args.weight_decay, world_size=world_size,
+                    aspect_ratio=args.aspect_ratio, head_dim=args.head_dim)
+    directory = source_dir("base") / (args.model_tag or f"d{args.depth}")
+    meta = None
+    if args.resume == "latest" and not find_steps(directory):
+        print0(f"--resume: no checkpoint in {directory} yet, starting at step 0")
+    elif args.resume is not None:
+        meta = load_meta(directory, find_step(directory, None if args.resume == "latest" else args.resume))
+        check_tokenizer(tokenizer, meta)
+        check_resume(meta, config, args, run_plan)
+        if meta["step"] == run_plan.num_iterations:
+            print0(f"{directory} is finished already: {meta['step']} steps, val_bpb {meta['val_bpb']:.4f}")
+            return {"step": meta["step"], "val_bpb": meta["val_bpb"], "directory": str(directory)}
+    state = LoopState(**meta["loop"]) if meta else LoopState()
+    check_readable(corpus.val)
+    check_readable(corpus.train)
+
+    # --- runtime ---
+    runtime = compute_init(args.device_type, DTYPES[meta["dtype"]] if meta else None)
+    if meta is None:
+        set_aside(directory, runtime)
+    peak, peak_source = peak_for(runtime.device, runtime.dtype)
+    counts = count_parameters(config)
+    print0(f"device: {peak_source}, {human(peak)}FLOP/s | world size {runtime.world_size} | "
+           f"{str(runtime.dtype).removeprefix('torch.')} ({runtime.dtype_reason})")
+    print0(f"corpus: {corpus.name}, {len(corpus.train)} training files")
+    print0(f"model: depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads of {config.head_dim}, context "
+           f"{config.sequence_len}, windows {args.window_pattern}, vocabulary {config.vocab_size:,}; "
+           f"{human(counts['total'])} parameters, {human(counts['scaling'])} of them for scaling")
+    print0(f"plan: {run_plan.num_iterations:,} steps of {run_plan.total_batch_size:,} tokens = "
+           f"{human(run_plan.total_tokens)} tokens ({run_plan.total_tokens / counts['scaling']:.1f} per scaling "
+           f"parameter), {human(run_plan.total_flops)} FLOPs; {run_plan.device_batch_size} rows x "
+           f"{run_plan.grad_accum_steps} micro-steps; learning rates x {run_plan.lr_scale:.3f}, weight decay "
+           f"{run_plan.weight_decay:.4f}")
+
+    # --- data ---
+    loader = PretrainLoader(tokenizer, corpus.train, runtime, run_plan.device_batch_size, args.max_seq_len,
+                            meta and meta["loader"])
+    val_rows = fixed_rows(tokenizer, corpus.val, args.max_seq_len, max(1, args.eval_tokens // args.max_seq_len))
+    token_bytes = tokenizer.token_bytes()
+    print0(f"validation: {val_rows[:, 1:].numel():,} tokens of {len(corpus.val)} files")
+
+    # --- model, optimizer ---
+    if meta:
+        tensors = load_tensors(directory / f"model_{meta['step']:06d}.pt")
+        model = build_from_state(config, tensors, runtime.device, runtime.dtype)
+    else:
+        model = build_model(config, runtime.device, runtime.dtype)
+    if args.fp8:
+        from nanochat.fp8 import convert_to_fp8
+
+        convert_to_fp8(model, runtime)
+    compiled = start_compile(model, run_plan.total_flops)
+    optimizer = build_optimizer(model, embedding_lr=args.embedding_lr * run_plan.lr_scale,
+                                unembedding_lr=args.unembedding_lr * run_plan.lr_scale,
+                                matrix_lr=args.matrix_lr * run_plan.lr_scale,
+                                scalar_lr=args.scalar_lr * run_plan.lr_scale, weight_decay=run_plan.weight_decay,
+                                compile=compiled and runtime.device.type == "cuda")
+    scaler = make_scaler(runtime)
+    if meta:
+        states = load_optimizer_states(directory, meta["step"], meta, runtime)
+        optimizer.load_state_dict([s["optimizer"] for s in states])
+        set_rng_state(states[0]["rng"], scaler)
+        del states
+        print0(f"resumed from {directory} at step {state.step}")
+
+    # --- loop ---
+    writer = CheckpointWriter(directory, runtime, args.keep_last)
+    progress = Progress(runtime, directory, num_iterations=run_plan.num_iterations, first_step=state.step, run=args.run,
+                        config=vars(args) | {"plan": asdict(run_plan)}, flops_per_token=run_plan.flops_per_token,
+                        peak_flops=peak * runtime.world_size)
+    effective = {group["names"][0]: group["initial_lr"] for group in optimizer.param_groups}
+    results = {"directory": str(directory)}
+    started_s, saved_step = state.trained_s, state.step if meta else None
+
+    def save():
+        nonlocal saved_step
+        writer.save(state.step, model.state_dict(), {"optimizer": optimizer.state_dict(), "rng": get_rng_state(scaler)},
+                    {"step": state.step, "val_bpb": state.val_bpb, "model_config": config_to_meta(config),
+                     "dtype": str(runtime.dtype).removeprefix("torch."), "user_config": vars(args),
+                     "plan": asdict(run_plan), "effective_lrs": effective, "loop": asdict(state),
+                     "loader": loader.state_dict(), "tokenizer_hash": tokenizer.content_hash(),
+                     "world_size": runtime.world_size, "device_batch_size": run_plan.device_batch_size,
+                     "max_seq_len": args.max_seq_len, "environment": environment()})
+        saved_step = state.step
+
+    with StopRequest() as stop:
+        while True:
+            last = state.step == run_plan.num_iterations
+            stopping = stop.agreed(runtime)
+
+            def due(every):
+                return last or (every is not None and state.step > 0 and state.step % every == 0)
+
+            resumed_here = meta is not None and state.step == meta["step"]  # evaluated before it was saved
+            if due(args.eval_every) and not stopping and not resumed_here:
+                with model.weights_cast_once():
+                    state.val_bpb = evaluate_bpb(model, val_rows[:, :-1], val_rows[:, 1:], token_bytes, runtime,
+                                                 run_plan.device_batch_size)
+                state.best_val_bpb = min(state.val_bpb, state.best_val_bpb or state.val_bpb)
+                progress.log(state.step, val_bpb=state.val_bpb)
+                print0(f"step {state.step:,} | val_bpb {state.val_bpb:.4f}")
+            if due(args.sample_every) and not stopping and not resumed_here and runtime.is_main:
+                sample(model, tokenizer)
+            if (due(args.save_every) or stopping) and saved_step != state.step:
+                save()
+            if last or stopping:
+                break
+
+            lr = schedule.lr_multiplier(state.step, run_plan.num_iterations, args.warmup_steps, args.warmdown_ratio,
+                                        args.final_lr_frac)
+            set_schedules(optimizer, lr,
+                          schedule.muon_momentum(state.step, run_plan.num_iterations, args.warmdown_ratio),
+                          schedule.weight_decay(state.step, run_plan.num_iterations, run_plan.weight_decay))
+            progress.begin_step()
+            batches = [loader.next_batch() for _ in range(run_plan.grad_accum_steps)]
+            loss = train_step(model, optimizer, batches, runtime, scaler)
+            progress.end_step(state.step, loss, lr, run_plan.total_batch_size, epoch=loader.epoch)
+            state.step += 1
+            state.trained_s = started_s + progress.trained_s
+            collect_garbage(progress.steps_done)
+
+    # --- finish ---
+    loader.close()
+    writer.wait()
+    progress.close()
+    if not last:
+        print0(f"stopped by {stop.name or 'another rank'} after step {state.step}: saved in {directory}; the same command "
+               "with --resume goes on")
+    else:
+        print0(f"done: {run_plan.num_iterations:,} steps in {clock(state.trained_s)} of training, val_bpb "
+               f"{state.val_bpb:.4f}, peak memory {runtime.peak_memory_bytes() / 2**30:.2f} GiB, in {directory}")
+    results |= {"step": state.step, "val_bpb": state.val_bpb, "losses": progress.losses, "finished": last,
+                "peak_memory_bytes": runtime.peak_memory_bytes()}
+    compute_cleanup()
+    return results
+
+
+def sample(model, tokenizer) -> None:
+    """Print what the model makes of a few openings."""
+    with model.weights_cast_once():
+        engine = Engine(model, tokenizer)
+        for prompt in SAMPLE_PROMPTS:
+            ids = tokenizer.encode(prompt, prepend="<|bos|>")
+            (result,), _ = engine.generate_batch(ids, max_tokens=24, temperature=0)
+            print0(f"  {tokenizer.decode(result[1:])!r}")
+
+
+if __name__ == "__main__":
+    run_script(main)

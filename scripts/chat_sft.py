@@ -1,0 +1,277 @@
+"""Finetune a base model on conversations (SFT).
+
+python -m scripts.chat_sft
+torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --run=sft
+"""
+
+import os
+from dataclasses import asdict, dataclass
+
+from nanochat import schedule
+from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, check_tokenizer, config_from_meta,
+                                         config_to_meta, environment, find_run, find_step, find_steps, load_meta,
+                                         load_optimizer_states, load_tensors, set_aside, source_dir)
+from nanochat.common import (DTYPES, Parser, StopRequest, UserError, add_model_flags, add_runtime_flags, compute_cleanup,
+                             compute_init, get_base_dir, integer, number, print0, run_script)
+from nanochat.dataloader import SFTLoader, fixed_sft_rows
+from nanochat.hardware import peak_for
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.optim import build_optimizer
+from nanochat.progress import Progress, clock
+from nanochat.scaling import RunPlan, flops_per_token
+from nanochat.tokenizer import get_tokenizer
+from nanochat.train_step import (collect_garbage, get_rng_state, make_scaler, set_rng_state, set_schedules,
+                                 start_compile, train_step)
+from tasks.builtin import BuiltinChat, Identity
+from tasks.common import TaskMixture, hub_data_available
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import SimpleSpelling, SpellingBee, load_words
+
+MUON_MOMENTUM = 0.90  # where pretraining ends
+WARMDOWN_RATIO = 0.5
+# what stands in for a data set that cannot be had: kind of built-in conversation, rows
+STAND_INS = {"SmolTalk": (("facts", 6000), ("small talk", 1500)), "GSM8K": (("arithmetic", 6000), ("word problems", 4000)),
+             "MMLU": ()}
+
+
+@dataclass
+class LoopState:
+    """What the loop knows; saved and restored whole."""
+
+    step: int = 0
+    val_bpb: float | None = None
+    trained_s: float = 0.0
+
+
+def parse_args(argv):
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", default="dummy", help="name of the wandb run; dummy: no wandb")
+    add_runtime_flags(parser)
+    add_model_flags(parser)  # of the base model
+    # mixture
+    parser.add_argument("--smoltalk-epochs", type=integer(0), default=1, help="0 leaves the set out")
+    parser.add_argument("--mmlu-epochs", type=integer(0), default=3, help="of the auxiliary training split")
+    parser.add_argument("--gsm8k-epochs", type=integer(0), default=4, help="0 leaves the set out")
+    parser.add_argument("--identity-epochs", type=integer(0), default=2, help="0 leaves the set out")
+    parser.add_argument("--spelling-epochs", type=integer(0), default=1, help="of SimpleSpelling and SpellingBee")
+    parser.add_argument("--spelling-rows", type=integer(1), default=None,
+                        help="rows of SimpleSpelling an epoch; SpellingBee has 2/5 as many (200,000; 20,000 on built-in data)")
+    parser.add_argument("--conversations", default=None, help="a jsonl file of your own conversations, added once an epoch")
+    # horizon and batch
+    parser.add_argument("--num-iterations", type=integer(1, off=-1), default="-1",
+                        help="optimizer steps; -1: once through the mixture")
+    parser.add_argument("--max-seq-len", type=integer(2), default=None, help="row length (that of the base model)")
+    parser.add_argument("--device-batch-size", type=integer(1), default=None, help="rows a device takes at a time (that of "
+                        "the base model)")
+    parser.add_argument("--total-batch-size", type=integer(1, off=-1), default="-1",
+                        help="tokens a step, padding included; -1: that of the base model")
+    # learning rates: those of pretraining, times init-lr-frac
+    parser.add_argument("--init-lr-frac", type=number(), default=0.8, help="share of the pretraining learning rates")
+    # evaluation, output
+    parser.add_argument("--eval-every", type=integer(1, off=-1), default=200, help="steps; -1 at the end only")
+    parser.add_argument("--eval-rows", type=integer(1), default=1000, help="conversations of the validation mixture")
+    parser.add_argument("--save-every", type=integer(1, off=-1), default="-1", help="steps; -1 at the end only")
+    parser.add_argument("--keep-last", type=integer(1, off=-1), default="-1", help="checkpoints to keep; -1 all")
+    parser.add_argument("--resume", type=integer(0), nargs="?", const="latest", default=None, metavar="STEP",
+                        help="go on from the last checkpoint, or from STEP; starts afresh if there is none yet")
+    return parser.parse_args(argv)
+
+
+def build_mixtures(args) -> tuple[TaskMixture, TaskMixture]:
+    """Training and validation mixtures; prints what they are made of."""
+    from_hub = hub_data_available()
+    if not from_hub:
+        print0("the hub is out of reach: built-in conversations stand in for its data sets")
+    words = load_words()
+    rows = args.spelling_rows or (200_000 if from_hub else 20_000)
+    held_out = max(1, args.eval_rows)
+    train, val, table = [], [], []
+
+    def add(name, epochs, train_task, val_task=None):
+        if epochs > 0:
+            train.extend([train_task] * epochs)
+            table.append((name, len(train_task), epochs))
+            if val_task is not None:
+                val.append(val_task)
+
+    hub_sets = {"SmolTalk": (args.smoltalk_epochs, lambda: SmolTalk("train"), lambda: SmolTalk("test", stop=held_out)),
+                "MMLU": (args.mmlu_epochs, lambda: MMLU("auxiliary_train"), lambda: MMLU("test", stop=held_out // 4)),
+                "GSM8K": (args.gsm8k_epochs, lambda: GSM8K("train"), lambda: GSM8K("test", stop=held_out // 4))}
+    for name, (epochs, make_train, make_val) in hub_sets.items():
+        if from_hub and epochs > 0:
+            add(name, epochs, make_train(), make_val())
+        elif epochs > 0:
+            for kind, size in STAND_INS[name]:
+                add(f"built-in {kind} (for {name})", 1, BuiltinChat(kind, size), BuiltinChat(kind, held_out // 8, "test"))
+    identity_file = get_base_dir() / "identity_conversations.jsonl"
+    if identity_file.exists():
+        add(f"identity ({identity_file.name})", args.identity_epochs, CustomJSON(identity_file))
+    else:
+        add("identity (dev/self_knowledge.md)", args.identity_epochs, Identity(1000), Identity(held_out // 8, "test"))
+    add("SimpleSpelling", args.spelling_epochs, SimpleSpelling(rows, "train", words),
+        SimpleSpelling(held_out // 8, "test", words))
+    add("SpellingBee", args.spelling_epochs, SpellingBee(rows * 2 // 5, "train", words),
+        SpellingBee(held_out // 8, "test", words))
+    if args.conversations:
+        add(args.conversations, 1, CustomJSON(args.conversations))
+    if not train:
+        raise UserError("every set of the mixture is at 0 epochs: nothing to train on")
+
+    mixture = TaskMixture(train)
+    print0(f"mixture: {len(mixture):,} conversations an epoch")
+    for name, size, epochs in table:
+        print0(f"  {name:<40}{size:>9,} rows x {epochs}")
+    return mixture, TaskMixture(val or [Identity(16, "test")])
+
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+
+    # --- everything that needs no device ---
+    tokenizer = get_tokenizer()
+    base_dir = find_run("base", args.model_tag)
+    base_step = find_step(base_dir, args.step)
+    base_meta = load_meta(base_dir, base_step)
+    check_tokenizer(tokenizer, base_meta)
+    config = config_from_meta(base_meta["model_config"])
+    sequence_len = args.max_seq_len or config.sequence_len
+    if sequence_len > config.sequence_len:
+        raise UserError(f"--max-seq-len={sequence_len}: the base model has a context of {config.sequence_len}")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    total_batch = args.total_batch_size or base_meta["plan"]["total_batch_size"]
+    device_batch = args.device_batch_size or min(base_meta["device_batch_size"], max(1, total_batch // sequence_len))
+    per_micro_step = device_batch * sequence_len * world_size
+    if total_batch % per_micro_step:
+        raise UserError(f"--total-batch-size={total_batch} tokens is no multiple of device batch {device_batch} rows x "
+                        f"{sequence_len} tokens x {world_size} ranks = {per_micro_step}; choose another "
+                        "--device-batch-size or --total-batch-size")
+    directory = source_dir("sft") / base_dir.name
+    meta = None
+    if args.resume == "latest" and not find_steps(directory):
+        print0(f"--resume: no checkpoint in {directory} yet, starting at step 0")
+    elif args.resume is not None:
+        meta = load_meta(directory, find_step(directory, None if args.resume == "latest" else args.resume))
+        check_tokenizer(tokenizer, meta)
+        if config_from_meta(meta["model_config"]) != config or meta["base_step"] != base_step:
+            raise UserError(f"--resume: {directory} was finetuned from another base model; leave out --resume")
+    mixture, val_mixture = build_mixtures(args)
+
+    # --- runtime ---
+    runtime = compute_init(args.device_type, DTYPES[(meta or base_meta)["dtype"]])
+    loader = SFTLoader(tokenizer, mixture, runtime, device_batch, sequence_len, meta and meta["loader"])
+    rows_per_step = total_batch // sequence_len
+    num_iterations = args.num_iterations or max(1, round(loader.count_rows() / rows_per_step))
+    run_plan = RunPlan(num_iterations, total_batch, device_batch, total_batch // per_micro_step,
+                       float(num_iterations * total_batch), 1.0, 0.0, flops_per_token(config))
+    if meta and asdict(run_plan) | {"grad_accum_steps": 0, "device_batch_size": 0} != \
+            meta["plan"] | {"grad_accum_steps": 0, "device_batch_size": 0}:
+        raise UserError(f"--resume needs the settings of the checkpoint: {meta['plan']['num_iterations']} steps of "
+                        f"{meta['plan']['total_batch_size']} tokens there, {num_iterations} of {total_batch} now")
+    if meta and meta["step"] == num_iterations:
+        print0(f"{directory} is finished already: {num_iterations} steps, val_bpb {meta['val_bpb']:.4f}")
+        return {"step": num_iterations, "val_bpb": meta["val_bpb"], "directory": str(directory), "finished": True}
+    state = LoopState(**meta["loop"]) if meta else LoopState()
+    if meta is None:
+        set_aside(directory, runtime)
+    peak, peak_source = peak_for(runtime.device, runtime.dtype)
+    print0(f"device: {peak_source} | world size {runtime.world_size} | {meta_name(runtime.dtype)} "
+           f"({runtime.dtype_reason})")
+    print0(f"plan: {num_iterations:,} steps of {rows_per_step} rows x {sequence_len} tokens; {device_batch} rows x "
+           f"{run_plan.grad_accum_steps} micro-steps; from {base_dir.name} step {base_step}")
+
+    # --- model, optimizer: the base model's, or those of the checkpoint that is resumed ---
+    source_directory, source_meta, source_step = (directory, meta, meta["step"]) if meta else \
+        (base_dir, base_meta, base_step)
+    model = build_from_state(config, load_tensors(source_directory / f"model_{source_step:06d}.pt"), runtime.device,
+                             runtime.dtype)
+    compiled = start_compile(model, run_plan.total_flops)
+    optimizer = build_optimizer(model, compile=compiled and runtime.device.type == "cuda")
+    states = load_optimizer_states(source_directory, source_step, source_meta, runtime)
+    optimizer.load_state_dict([s["optimizer"] for s in states])  # moments are warm from pretraining
+    scaler = make_scaler(runtime)
+    if meta:
+        set_rng_state(states[0]["rng"], scaler)
+        print0(f"resumed from {directory} at step {state.step}")
+    del states
+    for group in optimizer.param_groups:
+        group["initial_lr"] = base_meta["effective_lrs"][group["names"][0]] * args.init_lr_frac
+        group["weight_decay"] = 0.0
+    val_inputs, val_targets = fixed_sft_rows(tokenizer, val_mixture, sequence_len)
+    token_bytes = tokenizer.token_bytes()
+
+    # --- loop ---
+    writer = CheckpointWriter(directory, runtime, args.keep_last)
+    progress = Progress(runtime, directory, num_iterations=num_iterations, first_step=state.step, run=args.run,
+                        config=vars(args) | {"plan": asdict(run_plan)}, flops_per_token=run_plan.flops_per_token,
+                        peak_flops=peak * runtime.world_size)
+    started_s, saved_step = state.trained_s, state.step if meta else None
+
+    def save():
+        nonlocal saved_step
+        writer.save(state.step, model.state_dict(), {"optimizer": optimizer.state_dict(), "rng": get_rng_state(scaler)},
+                    {"step": state.step, "val_bpb": state.val_bpb, "model_config": config_to_meta(config),
+                     "dtype": meta_name(runtime.dtype), "user_config": vars(args), "plan": asdict(run_plan),
+                     "effective_lrs": {g["names"][0]: g["initial_lr"] for g in optimizer.param_groups},
+                     "loop": asdict(state), "loader": loader.state_dict(), "tokenizer_hash": tokenizer.content_hash(),
+                     "base_step": base_step, "world_size": runtime.world_size, "device_batch_size": device_batch,
+                     "max_seq_len": sequence_len, "environment": environment()})
+        saved_step = state.step
+
+    with StopRequest() as stop:
+        while True:
+            last = state.step == num_iterations
+            stopping = stop.agreed(runtime)
+
+            def due(every):
+                return last or (every is not None and state.step > 0 and state.step % every == 0)
+
+            resumed_here = meta is not None and state.step == meta["step"]
+            if due(args.eval_every) and not stopping and not resumed_here:
+                with model.weights_cast_once():
+                    state.val_bpb = evaluate_bpb(model, val_inputs, val_targets, token_bytes, runtime, device_batch)
+                progress.log(state.step, val_bpb=state.val_bpb)
+                print0(f"step {state.step:,} | val_bpb {state.val_bpb:.4f} (of what the assistant says)")
+            if (due(args.save_every) or stopping) and saved_step != state.step:
+                save()
+            if last or stopping:
+                break
+
+            lr = schedule.lr_multiplier(state.step, num_iterations, 0, WARMDOWN_RATIO, 0.0)
+            set_schedules(optimizer, lr, MUON_MOMENTUM)
+            progress.begin_step()
+            batches = [loader.next_batch() for _ in range(run_plan.grad_accum_steps)]
+            loss = train_step(model, optimizer, batches, runtime, scaler)
+            supervised = sum(tokens for _, _, tokens in batches)
+            progress.end_step(state.step, loss, lr, total_batch, supervised_tokens=supervised)
+            state.step += 1
+            state.trained_s = started_s + progress.trained_s
+            collect_garbage(progress.steps_done)
+
+    # --- finish ---
+    loader.close()
+    writer.wait()
+    progress.close()
+    if loader.truncated or loader.dropped:
+        print0(f"conversations longer than a row: {loader.truncated} cut, {loader.dropped} of them left out (no answer in "
+               "reach)")
+    if last:
+        print0(f"done: {num_iterations:,} steps in {clock(state.trained_s)} of training, val_bpb {state.val_bpb:.4f}, peak "
+               f"memory {runtime.peak_memory_bytes() / 2**30:.2f} GiB, in {directory}")
+    else:
+        print0(f"stopped by {stop.name or 'another rank'} after step {state.step}: saved in {directory}; the same command "
+               "with --resume goes on")
+    results = {"step": state.step, "val_bpb": state.val_bpb, "losses": progress.losses, "finished": last,
+               "directory": str(directory)}
+    compute_cleanup()
+    return results
+
+
+def meta_name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    run_script(main)

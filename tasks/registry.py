@@ -1,0 +1,32 @@
+"""Evaluation tasks by the names that people type."""
+
+from nanochat.common import UserError
+from tasks.arc import ARC
+from tasks.common import Task
+from tasks.gsm8k import GSM8K
+from tasks.mmlu import MMLU
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+EVAL_TASKS = {
+    "ARC-Easy": lambda: ARC("ARC-Easy", "test"),
+    "ARC-Challenge": lambda: ARC("ARC-Challenge", "test"),
+    "MMLU": lambda: MMLU("test"),
+    "GSM8K": lambda: GSM8K("test"),
+    "SpellingBee": lambda: SpellingBee(256, "test"),
+    "SimpleSpelling": lambda: SimpleSpelling(256, "test"),
+}
+NEEDS_HUB = {"ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K"}
+CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "SpellingBee")  # what the mean is taken over
+
+
+def parse_task_names(text: str | None) -> list[str]:
+    """ "ARC-Easy|GSM8K" or with commas -> names; None gives all of ChatCORE; UserError for an unknown one."""
+    names = list(CHATCORE) if text is None else [n.strip() for n in text.replace("|", ",").split(",") if n.strip()]
+    unknown = [name for name in names if name not in EVAL_TASKS]
+    if unknown or not names:
+        raise UserError(f"unknown task {', '.join(unknown) or '(none)'}; there are: {', '.join(EVAL_TASKS)}")
+    return names
+
+
+def make_task(name: str) -> Task:
+    return EVAL_TASKS[name]()
