@@ -90,6 +90,15 @@ def number(low: float = 0.0, high: float = math.inf, off: float | None = None):
     return parse
 
 
+def add_training_output_flags(parser: "Parser") -> None:
+    """Flags of saving and resuming that every training shares."""
+    parser.add_argument("--save-every", type=integer(1, off=-1), default="-1", help="steps; -1 at the end only")
+    parser.add_argument("--keep-last", type=integer(1, off=-1), default="-1", help="checkpoints to keep; -1 all")
+    parser.add_argument("--resume", type=lambda text: text if text == "latest" else integer(0)(text), nargs="?",
+                        const="latest", default=None, metavar="STEP",
+                        help="go on from the last checkpoint, or from STEP; starts afresh if there is none yet")
+
+
 def add_runtime_flags(parser: Parser) -> None:
     """Flags that every program with a model shares."""
     parser.add_argument("--device-type", default="", choices=("", *DEVICE_TYPES), help="empty: the best one here")
@@ -294,7 +303,7 @@ def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> fl
 
 
 @contextlib.contextmanager
-def stage(name: str):
+def announced(name: str):
     """Announce a silent wait and say how long it took."""
     print0(f"{name} ...")
     start = time.perf_counter()

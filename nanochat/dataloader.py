@@ -195,7 +195,7 @@ class SFTLoader(_Loader):
     def __init__(self, tokenizer: RustBPETokenizer, dataset, runtime: Runtime, device_batch_size: int,
                  sequence_len: int, state: dict | None = None):
         self.tokenizer, self.dataset = tokenizer, dataset
-        self.truncated = self.dropped = 0
+        self.truncated = self.dropped = self._useless_in_a_row = 0
         super().__init__(runtime, device_batch_size, sequence_len, state, len(dataset))
 
     def _encode_range(self, first, count):
@@ -206,9 +206,10 @@ class SFTLoader(_Loader):
         if len(ids) > self.capacity:
             self.truncated += 1
             ids, mask = ids[:self.capacity], mask[:self.capacity]
-        if not any(mask[1:]):
+        self._useless_in_a_row = 0 if any(mask[1:]) else self._useless_in_a_row + 1
+        if self._useless_in_a_row:
             self.dropped += 1
-            if self.dropped > len(self.dataset) + BUFFER_SIZE:
+            if self._useless_in_a_row > len(self.dataset):
                 raise UserError(f"no conversation has an assistant token within {self.capacity - 1} tokens; raise "
                                 "--max-seq-len")
             return None

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import hub, synthetic
-from nanochat.common import Parser, UserError, get_base_dir, integer, print0, run_script, stage
+from nanochat.common import Parser, UserError, announced, get_base_dir, integer, print0, run_script
 
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
 CLIMBMIX_LAST = 6542  # the validation shard; 0 to 6541 are for training
@@ -315,7 +315,7 @@ def builtin_words() -> list[str]:
     """The words of the built-in corpus; harvested on their own where that corpus is not in use."""
     path = builtin_dir() / "words.txt"
     if not path.exists():
-        with stage("word list: harvesting words from this Python installation"):
+        with announced("word list: harvesting words from this Python installation"):
             words = harvest_words(harvest_prose())
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(words) + "\n")
@@ -328,7 +328,7 @@ def write_builtin_corpus() -> None:
     if done.exists() and json.loads(done.read_text()).get("version") == BUILTIN_VERSION:
         return
     shutil.rmtree(builtin_dir(), ignore_errors=True)
-    with stage("built-in corpus: harvesting prose from this Python installation"):
+    with announced("built-in corpus: harvesting prose from this Python installation"):
         prose = harvest_prose()
     words = harvest_words(prose)
     train_words = [word for word in words if not synthetic.is_test_word(word)]

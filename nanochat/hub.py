@@ -101,7 +101,7 @@ def _fetch(url: str, partial: Path, sha256: str | None) -> None:
                 sha256 = sha256 or (etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None)
                 size = int(hop.headers["x-linked-size"]) if "x-linked-size" in hop.headers else size
             with open(partial, "ab" if resumed else "wb") as file:
-                for block in response.iter_bytes(1 << 20):
+                for block in response.iter_bytes():
                     file.write(block)
                 file.flush()
                 os.fsync(file.fileno())

@@ -4,6 +4,7 @@ python -m scripts.base_train --depth=12
 torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=24 --run=d24
 """
 
+import contextlib
 import os
 from dataclasses import asdict, dataclass
 
@@ -11,11 +12,13 @@ from nanochat import schedule
 from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, check_tokenizer, config_from_meta,
                                          config_to_meta, environment, find_step, find_steps, load_meta,
                                          load_optimizer_states, load_tensors, set_aside, source_dir)
-from nanochat.common import (DTYPES, Parser, StopRequest, UserError, add_runtime_flags, compute_cleanup,
+from nanochat.common import (DTYPES, Parser, StopRequest, UserError, add_runtime_flags,
+                             add_training_output_flags, compute_cleanup,
                              compute_init, integer, number, print0, run_script)
 from nanochat.dataloader import PretrainLoader, fixed_rows
 from nanochat.dataset import check_readable, find_corpus
 from nanochat.engine import Engine
+from nanochat.fp8 import check_fp8, convert_to_fp8, fp8_disabled
 from nanochat.gpt import build_model
 from nanochat.hardware import peak_for
 from nanochat.loss_eval import evaluate_bpb
@@ -73,10 +76,7 @@ def parse_args(argv):
     parser.add_argument("--eval-every", type=integer(1, off=-1), default=250, help="steps; -1 at the end only")
     parser.add_argument("--eval-tokens", type=integer(1), default=80 * 2**19, help="tokens of the validation split")
     parser.add_argument("--sample-every", type=integer(1, off=-1), default=2000, help="steps; -1 at the end only")
-    parser.add_argument("--save-every", type=integer(1, off=-1), default="-1", help="steps; -1 at the end only")
-    parser.add_argument("--keep-last", type=integer(1, off=-1), default="-1", help="checkpoints to keep; -1 all")
-    parser.add_argument("--resume", type=integer(0), nargs="?", const="latest", default=None, metavar="STEP",
-                        help="go on from the last checkpoint, or from STEP; starts afresh if there is none yet")
+    add_training_output_flags(parser)
     parser.add_argument("--model-tag", default=None, help="name of the checkpoint directory (d<depth>)")
     parser.add_argument("--data-dir", default=None, help="folder of parquet, jsonl or txt files in place of the corpus")
     return parser.parse_args(argv)
@@ -130,6 +130,8 @@ def main(argv=None) -> dict:
 
     # --- runtime ---
     runtime = compute_init(args.device_type, DTYPES[meta["dtype"]] if meta else None)
+    if args.fp8:
+        check_fp8(runtime)
     if meta is None:
         set_aside(directory, runtime)
     peak, peak_source = peak_for(runtime.device, runtime.dtype)
@@ -160,9 +162,7 @@ def main(argv=None) -> dict:
     else:
         model = build_model(config, runtime.device, runtime.dtype)
     if args.fp8:
-        from nanochat.fp8 import convert_to_fp8
-
-        convert_to_fp8(model, runtime)
+        print0(f"fp8: {convert_to_fp8(model)} linear layers")
     compiled = start_compile(model, run_plan.total_flops)
     optimizer = build_optimizer(model, embedding_lr=args.embedding_lr * run_plan.lr_scale,
                                 unembedding_lr=args.unembedding_lr * run_plan.lr_scale,
@@ -207,14 +207,15 @@ def main(argv=None) -> dict:
 
             resumed_here = meta is not None and state.step == meta["step"]  # evaluated before it was saved
             if due(args.eval_every) and not stopping and not resumed_here:
-                with model.weights_cast_once():
+                with plain_weights(model, args.fp8):
                     state.val_bpb = evaluate_bpb(model, val_rows[:, :-1], val_rows[:, 1:], token_bytes, runtime,
                                                  run_plan.device_batch_size)
                 state.best_val_bpb = min(state.val_bpb, state.best_val_bpb or state.val_bpb)
                 progress.log(state.step, val_bpb=state.val_bpb)
                 print0(f"step {state.step:,} | val_bpb {state.val_bpb:.4f}")
             if due(args.sample_every) and not stopping and not resumed_here and runtime.is_main:
-                sample(model, tokenizer)
+                with plain_weights(model, args.fp8):
+                    sample(model, tokenizer)
             if (due(args.save_every) or stopping) and saved_step != state.step:
                 save()
             if last or stopping:
@@ -249,14 +250,20 @@ def main(argv=None) -> dict:
     return results
 
 
+@contextlib.contextmanager
+def plain_weights(model, fp8: bool):
+    """For evaluation and sampling: weights cast once, without float8."""
+    with fp8_disabled(model) if fp8 else contextlib.nullcontext(), model.weights_cast_once():
+        yield
+
+
 def sample(model, tokenizer) -> None:
     """Print what the model makes of a few openings."""
-    with model.weights_cast_once():
-        engine = Engine(model, tokenizer)
-        for prompt in SAMPLE_PROMPTS:
-            ids = tokenizer.encode(prompt, prepend="<|bos|>")
-            (result,), _ = engine.generate_batch(ids, max_tokens=24, temperature=0)
-            print0(f"  {tokenizer.decode(result[1:])!r}")
+    engine = Engine(model, tokenizer)
+    for prompt in SAMPLE_PROMPTS:
+        ids = tokenizer.encode(prompt, prepend="<|bos|>")
+        (result,), _ = engine.generate_batch(ids, max_tokens=24, temperature=0)
+        print0(f"  {tokenizer.decode(result[1:])!r}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ python -m scripts.chat_eval -i sft -a SpellingBee,GSM8K -x 100
 
 from nanochat.chat_eval import evaluate_task
 from nanochat.checkpoint_manager import SOURCES, load_model
-from nanochat.common import (Parser, add_model_flags, add_runtime_flags, compute_cleanup, compute_init, integer, number,
-                             print0, run_script, stage)
+from nanochat.common import (Parser, add_model_flags, add_runtime_flags, announced, compute_cleanup, compute_init, integer,
+                             number, print0, run_script)
 from tasks.common import hub_data_available
 from tasks.registry import CHATCORE, NEEDS_HUB, make_task, parse_task_names
 
@@ -35,7 +35,7 @@ def main(argv=None) -> dict:
     model, tokenizer, meta = load_model(args.source, runtime.device, "eval", args.model_tag, args.step, runtime.dtype)
     accuracies = {}
     for name in names:
-        with stage(name):
+        with announced(name):
             accuracies[name] = evaluate_task(
                 model, tokenizer, make_task(name), runtime, max_problems=args.max_problems, batch_size=args.batch_size,
                 num_samples=args.num_samples, temperature=args.temperature, top_k=args.top_k or None,

@@ -11,7 +11,8 @@ from nanochat import schedule
 from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, check_tokenizer, config_from_meta,
                                          config_to_meta, environment, find_run, find_step, find_steps, load_meta,
                                          load_optimizer_states, load_tensors, set_aside, source_dir)
-from nanochat.common import (DTYPES, Parser, StopRequest, UserError, add_model_flags, add_runtime_flags, compute_cleanup,
+from nanochat.common import (DTYPES, Parser, StopRequest, UserError, add_model_flags, add_runtime_flags,
+                             add_training_output_flags, compute_cleanup,
                              compute_init, get_base_dir, integer, number, print0, run_script)
 from nanochat.dataloader import SFTLoader, fixed_sft_rows
 from nanochat.hardware import peak_for
@@ -59,6 +60,8 @@ def parse_args(argv):
     parser.add_argument("--spelling-epochs", type=integer(0), default=1, help="of SimpleSpelling and SpellingBee")
     parser.add_argument("--spelling-rows", type=integer(1), default=None,
                         help="rows of SimpleSpelling an epoch; SpellingBee has 2/5 as many (200,000; 20,000 on built-in data)")
+    parser.add_argument("--builtin", action="store_true",
+                        help="built-in conversations in place of the hub's sets, even where the hub can be reached")
     parser.add_argument("--conversations", default=None, help="a jsonl file of your own conversations, added once an epoch")
     # horizon and batch
     parser.add_argument("--num-iterations", type=integer(1, off=-1), default="-1",
@@ -73,18 +76,16 @@ def parse_args(argv):
     # evaluation, output
     parser.add_argument("--eval-every", type=integer(1, off=-1), default=200, help="steps; -1 at the end only")
     parser.add_argument("--eval-rows", type=integer(1), default=1000, help="conversations of the validation mixture")
-    parser.add_argument("--save-every", type=integer(1, off=-1), default="-1", help="steps; -1 at the end only")
-    parser.add_argument("--keep-last", type=integer(1, off=-1), default="-1", help="checkpoints to keep; -1 all")
-    parser.add_argument("--resume", type=integer(0), nargs="?", const="latest", default=None, metavar="STEP",
-                        help="go on from the last checkpoint, or from STEP; starts afresh if there is none yet")
+    add_training_output_flags(parser)
     return parser.parse_args(argv)
 
 
 def build_mixtures(args) -> tuple[TaskMixture, TaskMixture]:
     """Training and validation mixtures; prints what they are made of."""
-    from_hub = hub_data_available()
+    from_hub = not args.builtin and hub_data_available()
     if not from_hub:
-        print0("the hub is out of reach: built-in conversations stand in for its data sets")
+        print0(("--builtin" if args.builtin else "the hub is out of reach")
+               + ": built-in conversations stand in for the hub's data sets")
     words = load_words()
     rows = args.spelling_rows or (200_000 if from_hub else 20_000)
     held_out = max(1, args.eval_rows)

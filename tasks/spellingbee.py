@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from nanochat import hub
-from nanochat.common import get_base_dir, print0
+from nanochat.common import UserError, get_base_dir, print0
 from nanochat.dataset import builtin_words
 from nanochat.synthetic import count_letters, is_test_word, spell_word
 from tasks.common import Task
@@ -38,6 +38,8 @@ class _WordTask(Task):
         super().__init__(**slicing)
         self.size, self.split = size, split
         self.words = [w for w in words or load_words() if is_test_word(w) == (split == "test")]
+        if not self.words:
+            raise UserError(f"the word list has no word for the {split} split; it needs a hundred words or so")
 
     def num_examples(self) -> int:
         return self.size

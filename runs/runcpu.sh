@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# From nothing to a chat model on a laptop, with or without a network: about 15 minutes on 2 cores, 8 GB of memory.
+#
+#   bash runs/runcpu.sh
+#
+# Run it again at any time: finished stages are recognised and skipped, an interrupted one goes on.
+#   NANOCHAT_BASE_DIR   where everything is written (~/.cache/nanochat)
+#   NANOCHAT_DATA_DIR   your own folder of parquet, jsonl or txt files to pretrain on, with a validation split (val.*)
+#   CONVERSATIONS       your own jsonl file of conversations, added to the finetuning mixture
+#   BASE_STEPS, SFT_STEPS   lengths of the two trainings
+#   WANDB_RUN           name of a wandb run
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+TAG=cpu
+BASE_STEPS="${BASE_STEPS:-400}"
+SFT_STEPS="${SFT_STEPS:-350}"
+WANDB_RUN="${WANDB_RUN:-dummy}"
+started=$SECONDS
+stages=()
+
+stage() { # stage NAME COMMAND...: runs it, says how long it took; on failure says what to do
+    local name="$1" begun=$SECONDS status=0
+    shift
+    printf '\n=== %s\n    %s\n' "$name" "$*"
+    "$@" || status=$?
+    if [ "$status" -ne 0 ]; then
+        printf '\n!!! stage "%s" failed (exit code %d). The line above says why; bash runs/runcpu.sh goes on from here.\n' \
+            "$name" "$status" >&2
+        exit "$status"
+    fi
+    stages+=("$(printf '%-34s %4d s' "$name" $((SECONDS - begun)))")
+}
+
+setup() { bash runs/setup.sh; }
+
+stage "set-up" setup
+# shellcheck disable=SC1091
+source runs/setup.sh
+mkdir -p "$NANOCHAT_BASE_DIR"
+
+stage "corpus" python -m nanochat.dataset --auto -n 1
+stage "tokenizer" python -m scripts.tok_train --vocab-size 8192 --max-chars 20000000 --resume
+stage "tokenizer, compared" python -m scripts.tok_eval
+stage "pretraining" python -m scripts.base_train --resume --model-tag "$TAG" --run "$WANDB_RUN" \
+    --depth 4 --head-dim 64 --max-seq-len 512 --window-pattern L --device-batch-size 16 --total-batch-size 8192 \
+    --num-iterations "$BASE_STEPS" --embedding-lr 0.6 --unembedding-lr 0.03 --matrix-lr 0.08 \
+    --eval-every 100 --eval-tokens 100000 --sample-every -1 --save-every 50 --keep-last 1
+stage "base evaluation" python -m scripts.base_eval --model-tag "$TAG" --split-tokens 100000 --device-batch-size 16
+stage "conversations about itself" python -m dev.gen_synthetic_data --count 5000
+stage "finetuning" python -m scripts.chat_sft --resume --model-tag "$TAG" --run "$WANDB_RUN" --num-iterations "$SFT_STEPS" \
+    --builtin --identity-epochs 2 --spelling-rows 10000 --eval-every 100 --eval-rows 400 --save-every 50 --keep-last 1 \
+    ${CONVERSATIONS:+--conversations "$CONVERSATIONS"}
+stage "chat evaluation" python -m scripts.chat_eval -i sft --model-tag "$TAG" -a SpellingBee,SimpleSpelling -m 128
+
+printf '\n=== three questions\n'
+for question in "Who are you?" "How many r are in strawberry?" "Why is the sky blue?"; do
+    printf '\nYou: %s\nnanochat: ' "$question"
+    python -m scripts.chat_cli --model-tag "$TAG" -p "$question"
+done
+
+printf '\n=== time\n'
+printf '%s\n' "${stages[@]}"
+printf '%-34s %4d s\n\n' "in all" $((SECONDS - started))
+printf 'To go on talking:\n\n    source .venv/bin/activate && NANOCHAT_BASE_DIR=%s python -m scripts.chat_cli --model-tag %s\n\n' \
+    "$NANOCHAT_BASE_DIR" "$TAG"

@@ -1,0 +1,44 @@
+"""The chunked loss against PyTorch's cross entropy of the full logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.loss import softcap_cross_entropy
+
+
+def plain(hidden, weight, targets, reduction):
+    logits = 15 * torch.tanh((hidden @ weight.T) / 15)
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("chunk", [7, 64, 1000])
+def test_value_and_gradients(reduction, chunk):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(100, 16), 3 * torch.randn(50, 16)
+    targets = torch.randint(0, 50, (100,))
+    targets[::9] = -1
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    loss = softcap_cross_entropy(*ours, targets, reduction, chunk_tokens=chunk)
+    expected = plain(*exact, targets, reduction)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    factors = torch.rand_like(expected)
+    for got, want in zip(torch.autograd.grad(loss, ours, factors.float()), torch.autograd.grad(expected, exact, factors)):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_extreme_logits_stay_finite():
+    hidden = torch.full((4, 8), 100.0, requires_grad=True)
+    weight = torch.randn(30, 8, requires_grad=True)
+    loss = softcap_cross_entropy(hidden, weight, torch.tensor([0, 1, 2, -1]))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+
+
+def test_all_targets_ignored_is_zero():
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    loss = softcap_cross_entropy(hidden, weight, torch.full((4,), -1))
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()

@@ -1,0 +1,182 @@
+"""The scripts as a person runs them: every wrong input is one line and exit code 2, before anything slow starts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat import common
+from nanochat.common import UserError
+from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, tok_eval, tok_train
+
+from tests.conftest import WORDS
+
+REPO = Path(__file__).resolve().parents[1]
+TINY = ["--depth=2", "--head-dim=32", "--aspect-ratio=32", "--max-seq-len=128", "--device-batch-size=2",
+        "--total-batch-size=256", "--num-iterations=3", "--eval-tokens=2000", "--sample-every=-1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokenizer, corpus_dir):
+    """A base directory with a tokenizer, a base model and an SFT model, made by the scripts."""
+    patch = pytest.MonkeyPatch()
+    base = tmp_path_factory.mktemp("trained")
+    patch.setenv("NANOCHAT_BASE_DIR", str(base))
+    patch.setenv("NANOCHAT_DATA_DIR", str(corpus_dir))
+    (base / "base_data_builtin").mkdir()
+    (base / "base_data_builtin" / "words.txt").write_text("\n".join(a + b[:3] for a in WORDS for b in WORDS[:6]))
+    assert tok_train.main(["--vocab-size=600"])["vocab_size"] == 600
+    assert base_train.main([*TINY, "--sample-every=3"])["step"] == 3
+    assert chat_sft.main(["--num-iterations=3", "--eval-rows=16", "--spelling-rows=50"])["step"] == 3
+    yield base
+    patch.undo()
+
+
+def test_every_stage_runs(trained, capsys, monkeypatch):
+    results = base_eval.main(["--split-tokens=2000", "--device-batch-size=4", "--max-new-tokens=4"])
+    assert results["tag"] == "d2" and 1 < results["val_bpb"] < 10 and len(results["samples"]) == 6
+    accuracies = chat_eval.main(["-a", "SpellingBee,SimpleSpelling", "-x", "8", "-m", "8"])
+    assert set(accuracies) == {"SpellingBee", "SimpleSpelling"}
+    table = tok_eval.main([])
+    assert table["nanochat"]["korean"] <= 3.0 < table["nanochat"]["corpus val"] + 2
+    assert tok_train.main(["--vocab-size=600", "--resume"])["seconds"] == 0.0
+    first = chat_cli.main(["-p", "Hello", "--seed", "1", "-m", "6"])["answer"]
+    assert chat_cli.main(["-p", "Hello", "--seed", "1", "-m", "6"])["answer"] == first
+    out = capsys.readouterr().out
+    assert "mixture" not in out and "stopped at --max-tokens=6" in out
+
+
+def test_the_mixture_is_printed_with_its_rows(trained, capsys):
+    chat_sft.main(["--num-iterations=1", "--eval-rows=16", "--spelling-rows=50", "--identity-epochs=3", "--mmlu-epochs=0"])
+    out = capsys.readouterr().out
+    assert "built-in conversations stand in" in out
+    assert "SimpleSpelling" in out and "50 rows x 1" in out and "rows x 3" in out
+
+
+def test_metrics_file(trained):
+    lines = [json.loads(line) for line in (trained / "base_checkpoints" / "d2" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [0, 1, 2]
+    assert {"loss", "lr_multiplier", "tokens_per_s", "memory_bytes", "epoch"} <= lines[0].keys()
+    assert lines[-1]["step"] == 3 and lines[-1]["val_bpb"] > 0
+
+
+def test_a_fresh_run_keeps_the_earlier_one(trained, capsys):
+    base_train.main([*TINY, "--model-tag=again"])
+    base_train.main([*TINY, "--model-tag=again"])
+    assert "again.previous" in capsys.readouterr().out
+    assert (trained / "base_checkpoints" / "again.previous" / "model_000003.pt").exists()
+
+
+@pytest.mark.parametrize("flags,match", [
+    (["--depth=0"], "depth"), (["--depth=-1"], "depth"), (["--num-iterations=0"], "num-iterations"),
+    (["--max-seq-len=1"], "max-seq-len"), (["--window-pattern=XYZ"], "window pattern"), (["--head-dim=63"], "head dim 63"),
+    (["--matrix-lr=-0.1"], "matrix-lr"), (["--embedding-lr=nan"], "embedding-lr"), (["--scalar-lr=inf"], "scalar-lr"),
+    (["--device-type=gpu"], "device-type"), (["--device-batch-size=3"], "no multiple"), (["--device-batch-size=0"], "batch"),
+    (["--total-batch-size=1000"], "no multiple"), (["--data-dir=/nowhere"], "does not exist"), (["--depht=3"], "depht"),
+    (["--warmdown-ratio=1.5"], "warmdown"), (["--resume=7", "--model-tag=none"], "no complete checkpoint"),
+    (["--resume", "--max-seq-len=64"], "sequence_len"), (["--resume", "--depth=3", "--model-tag=d2"], "n_layer"),
+    (["--resume", "--num-iterations=9"], "num-iterations"), (["--resume", "--matrix-lr=0.5"], "matrix-lr")])
+def test_base_train_refuses(trained, monkeypatch, flags, match):
+    monkeypatch.setattr(base_train, "compute_init", lambda *a: pytest.fail("the device was touched"))
+    with pytest.raises(UserError, match=match):
+        base_train.main([*TINY, *flags])
+
+
+def test_missing_things_are_named(base_dir, monkeypatch, tmp_path, tokenizer):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "int8")
+    with pytest.raises(UserError, match="float32"):
+        base_train.main(TINY)
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    for main in (base_eval.main, chat_sft.main):
+        with pytest.raises(UserError, match="scripts.base_train"):
+            main([])
+    for main in (chat_eval.main, chat_cli.main):
+        with pytest.raises(UserError, match="scripts.chat_sft"):
+            main(["-p", "hi"] if main is chat_cli.main else ["-a", "SpellingBee"])
+    with pytest.raises(UserError, match="no corpus"):
+        monkeypatch.delenv("NANOCHAT_DATA_DIR")
+        base_train.main(TINY)
+    (base_dir / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tok_train"):
+        base_train.main(TINY)
+
+
+def test_truncated_shard(trained, corpus_dir, tmp_path):
+    for name in ("a.parquet", "val.parquet"):
+        (tmp_path / name).write_bytes((corpus_dir / name).read_bytes())
+    (tmp_path / "a.parquet").write_bytes((corpus_dir / "a.parquet").read_bytes()[:-500])
+    with pytest.raises(UserError, match="truncated"):
+        base_train.main([*TINY, f"--data-dir={tmp_path}"])
+
+
+def test_tokenizer_of_another_run(trained, monkeypatch, tmp_path, corpus_dir):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(other))
+    tok_train.main(["--vocab-size=500"])
+    for main, argv in ((base_eval.main, []), (chat_cli.main, ["-p", "hi"]), (chat_sft.main, []),
+                       (base_train.main, [*TINY, "--resume"])):
+        with pytest.raises(UserError, match="tokenizer"):
+            main(argv)
+
+
+def test_conversation_file_with_wrong_roles(trained, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"messages": [{"role": "human", "content": "hi"}]}\n')
+    with pytest.raises(UserError, match="line 1.*human"):
+        chat_sft.main(["--num-iterations=1", f"--conversations={path}"])
+
+
+def test_fp8_is_refused_where_impossible(trained):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9):
+        pytest.skip("this GPU can do fp8")
+    with pytest.raises(UserError, match="fp8"):
+        base_train.main([*TINY, "--model-tag=f8", "--fp8"])
+
+
+@pytest.mark.parametrize("arguments", [["scripts.base_train", "--depth=0"], ["scripts.tok_train", "--vocab-size=3"],
+                                       ["scripts.chat_eval", "-a", "Nothing"], ["scripts.chat_cli", "-p", " "],
+                                       ["nanochat.dataset", "-n", "x"], ["dev.gen_synthetic_data", "--knowledge=/none"]])
+def test_one_line_and_exit_code_2(arguments, tmp_path):
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_every_flag_has_help():
+    for module in (tok_train, tok_eval, base_train, base_eval, chat_sft, chat_eval, chat_cli):
+        done = subprocess.run([sys.executable, "-m", module.__name__, "--help"], cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 0 and module.__doc__.splitlines()[0] in " ".join(done.stdout.split())
+
+
+def test_conversation_in_the_terminal(trained, monkeypatch, capsys):
+    lines = iter(["Hello", "/clear", "/what", "", "Hi again", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    chat_cli.main(["-m", "5", "--seed", "3"])
+    out = capsys.readouterr().out
+    assert out.count("nanochat: ") == 2 and "(forgotten)" in out and "unknown command /what" in out
+
+
+def test_full_context_is_told(trained, tokenizer, capsys):
+    turns = [{"role": role, "content": "word " * 15} for _ in range(10) for role in ("user", "assistant")]
+    messages = [*turns, {"role": "user", "content": "and now?"}]
+    kept, dropped = chat_cli.forget_oldest(tokenizer, messages, 100)
+    assert dropped > 0 and len(kept) == 21 - 2 * dropped and kept[-1]["content"] == "and now?"
+    assert len(tokenizer.render_for_completion({"messages": kept})) <= 100
+    chat_cli.main(["-p", "word " * 300, "-m", "5"])
+    assert "only its end is read" in capsys.readouterr().out
+
+
+def test_devices_and_dtypes(monkeypatch):
+    runtime = common.compute_init("cpu")
+    assert runtime.device.type == "cpu" and runtime.dtype == torch.float32 and runtime.dtype_reason == "NANOCHAT_DTYPE"
+    monkeypatch.delenv("NANOCHAT_DTYPE")
+    assert common.compute_init("cpu").dtype in (torch.float32, torch.bfloat16)
+    assert common.compute_init("cpu", torch.float16).dtype == torch.float16
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no such device"):
+            common.compute_init("cuda")
