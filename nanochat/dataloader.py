@@ -8,6 +8,7 @@ the next document and the numbers of those that wait in the packing buffer: load
 import os
 import queue
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,10 +26,12 @@ IGNORE = -1
 
 
 class _Stream:
-    """Numbered items, encoded ahead of their use: 0, 1, 2 ... without end."""
+    """Numbered items without end, a chunk of them encoded in the background while the one before is used."""
 
     def __init__(self, encode_range, first: int):
         self._encode_range, self._next, self._ready = encode_range, first, []
+        self._worker = ThreadPoolExecutor(1)
+        self._ahead = self._worker.submit(encode_range, first, READ_AHEAD)
 
     @property
     def position(self) -> int:
@@ -37,9 +40,13 @@ class _Stream:
 
     def take(self):
         if not self._ready:
-            self._ready = self._encode_range(self._next, READ_AHEAD)[::-1]
+            self._ready = self._ahead.result()[::-1]
+            self._ahead = self._worker.submit(self._encode_range, self._next + READ_AHEAD, READ_AHEAD)
         self._next += 1
         return self._ready.pop()
+
+    def close(self) -> None:
+        self._worker.shutdown(cancel_futures=True)
 
 
 class _Loader:
@@ -52,6 +59,7 @@ class _Loader:
             raise UserError(f"the data is not what the checkpoint was trained on: it had {self.state['identity']}, "
                             f"now there is {identity}; bring the files back, or start without --resume")
         self._buffer = BestFitBuffer()
+        self._stream: _Stream | None = None
         self._queue: queue.Queue = queue.Queue(PREFETCH)
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -75,10 +83,10 @@ class _Loader:
 
     def _produce(self) -> None:
         try:
-            self._stream = _Stream(self._encode_range, self.state["next"])
             for number in self.state["waiting"]:
                 item = self._encode_range(number, 1)[0]
                 self._buffer.add(len(item), number, item)
+            self._stream = _Stream(self._encode_range, self.state["next"])
             while not self._stopped.is_set():
                 rows = [self._row() for _ in range(self.runtime.world_size * self.rows_per_rank)]
                 supervised = sum(int((targets != IGNORE).sum()) for _, targets in rows)
@@ -87,6 +95,9 @@ class _Loader:
                 self._put((np.stack([r[0] for r in mine]), np.stack([r[1] for r in mine]), supervised, self._snapshot()))
         except BaseException as error:  # raised where the batches are used
             self._put(error)
+        finally:
+            if self._stream is not None:
+                self._stream.close()
 
     def _put(self, item) -> None:
         while not self._stopped.is_set():
@@ -155,14 +166,17 @@ class PretrainLoader(_Loader):
 def fixed_rows(tokenizer: RustBPETokenizer, files, sequence_len: int, num_rows: int) -> torch.Tensor:
     """The first rows of a split, at most once through it -> (N, T + 1); the same for every batch and world size."""
     reader, pool = DocumentReader(tuple(files)), ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-    stream = _Stream(lambda first, count: tokenizer.encode_documents(
-        reader.read(first, min(count, reader.num_documents - first)), pool), 0)
-    buffer, rows = BestFitBuffer(), []
+    buffer, rows, ready, position = BestFitBuffer(), [], deque(), 0
 
     def refill():
-        while len(buffer) < BUFFER_SIZE and stream.position < reader.num_documents:
-            number, document = stream.position, stream.take()
-            buffer.add(len(document), number, document)
+        nonlocal position
+        while len(buffer) < BUFFER_SIZE and position < reader.num_documents:
+            if not ready:
+                count = min(READ_AHEAD, reader.num_documents - position)
+                ready.extend(tokenizer.encode_documents(reader.read(position, count), pool))
+            document = ready.popleft()
+            buffer.add(len(document), position, document)
+            position += 1
 
     while len(rows) < num_rows:
         row = pack_row(buffer, sequence_len + 1, refill, crop=True)

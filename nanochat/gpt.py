@@ -124,8 +124,9 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.ve_gate = Linear(VE_GATE_CHANNELS, self.n_kv_head) if config.has_value_embedding(layer) else None
 
-    def forward(self, x, value_embedding, cos_sin, window, cache):
-        B, T, C = x.shape
+    def project(self, x, value_embedding, cos_sin):
+        """x (B, T, C) -> q (B, T, H, D), k and v (B, T, Hkv, D), ready for attention."""
+        B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
@@ -133,11 +134,15 @@ class CausalSelfAttention(nn.Module):
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hkv)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.n_kv_head, self.head_dim)
         q, k = (QK_SCALE * norm(apply_rotary(t, *cos_sin)) for t in (q, k))
+        return q, k, v
+
+    def attend(self, q, k, v, window, cache):
+        """-> (B, T, C)."""
         if cache is None:
             y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
         else:
             y = cache.attend(q, k, v, window)
-        return self.c_proj(y.reshape(B, T, C))
+        return self.c_proj(y.reshape(*y.shape[:2], -1))
 
 
 class MLP(nn.Module):
@@ -151,14 +156,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer, in two halves: those with and without a value embedding then share the compiled second one."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, x0, resid_lambda, x0_lambda, value_embedding, cos_sin, window, cache=None):
+    def begin(self, x, x0, resid_lambda, x0_lambda, value_embedding, cos_sin):
+        """Up to attention -> residual stream, q, k, v."""
         x = resid_lambda * x + x0_lambda * x0
-        x = x + self.attn(norm(x), value_embedding, cos_sin, window, cache)
+        return x, *self.attn.project(norm(x), value_embedding, cos_sin)
+
+    def finish(self, x, q, k, v, window, cache=None):
+        """From attention on -> residual stream."""
+        x = x + self.attn.attend(q, k, v, window, cache)
         return x + self.mlp(norm(x))
 
 
@@ -186,7 +198,7 @@ class GPT(nn.Module):
         })
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
-        self._block = Block.forward
+        self._begin, self._finish = Block.begin, Block.finish
         self._train_features = self.features
         self._loss_chunk = loss_functions._chunk_forward_backward
 
@@ -259,12 +271,12 @@ class GPT(nn.Module):
                 linear.cast = None
 
     def compile(self) -> None:
-        """Compile the training path: the whole trunk on CUDA, block by block (quick to compile) elsewhere."""
+        """Compile the training path: the whole trunk on CUDA, half blocks (quick to compile) elsewhere."""
         if self.device.type == "cuda":
             self._train_features = torch.compile(self.features, dynamic=False)
         else:
             torch._functorch.config.activation_memory_budget = CPU_ACTIVATION_BUDGET
-            self._block = torch.compile(Block.forward, dynamic=False)
+            self._begin, self._finish = (torch.compile(half, dynamic=False) for half in (Block.begin, Block.finish))
         self._loss_chunk = torch.compile(loss_functions._chunk_forward_backward, dynamic=False)
 
     # --- forward ---
@@ -305,13 +317,14 @@ class GPT(nn.Module):
             cos_sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
             x = self._smear(x, kv_cache.shift_embeddings(x))
         x0, middle = x.clone(), None  # a copy: the same tensor twice would make layer 0 compile on its own
-        block_fn = self._block if kv_cache is None and torch.is_grad_enabled() else Block.forward
+        training = kv_cache is None and torch.is_grad_enabled()
+        begin, finish = (self._begin, self._finish) if training else (Block.begin, Block.finish)
         for i, block in enumerate(self.transformer.h):
             table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None
             value_embedding = None if table is None else table(idx).to(self.dtype)
             cache = None if kv_cache is None else kv_cache.layer(i)
-            x = block_fn(block, x, x0, self.resid_lambdas[i], self.x0_lambdas[i], value_embedding, cos_sin,
-                         self.windows[i], cache)
+            x, q, k, v = begin(block, x, x0, self.resid_lambdas[i], self.x0_lambdas[i], value_embedding, cos_sin)
+            x = finish(block, x, q, k, v, self.windows[i], cache)
             if i == self.config.n_layer // 2:
                 middle = x
         if kv_cache is not None:

@@ -78,9 +78,24 @@ class MuonAdamW(torch.optim.Optimizer):
         self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for group in self.param_groups:
-            group["initial_lr"] = group["lr"]
+            group["initial_lr"], group["step"] = group["lr"], 0
+            self._allocate_state(group)
         self._adamw_update = torch.compile(adamw_update_, dynamic=False) if compile else adamw_update_
         self._muon_update = torch.compile(muon_update_, dynamic=False) if compile else muon_update_
+
+    def _allocate_state(self, group) -> None:
+        """Zero moments, before the first step: allocated amid activations they would fragment a CPU's heap."""
+        if group["kind"] == "muon":
+            first, (m, n) = group["params"][0], group["params"][0].shape
+            matrices = self._shard_rows(len(group["params"]))
+            second = (matrices, m, 1) if m >= n else (matrices, 1, n)
+            self.state[first] = {"momentum": torch.zeros(matrices, m, n, device=first.device),
+                                 "second_moment": torch.zeros(second, device=first.device)}
+            return
+        for param in group["params"]:
+            rows = self._shard_rows(param.size(0)) if self._is_sharded(param) else param.size(0)
+            self.state[param] = {key: torch.zeros(rows, *param.shape[1:], dtype=torch.float32, device=param.device)
+                                 for key in ("exp_avg", "exp_avg_sq")}
 
     # --- sharding: row counts are padded up to a multiple of the world size ---
 
@@ -140,15 +155,13 @@ class MuonAdamW(torch.optim.Optimizer):
         return started
 
     def _update_adamw(self, group, started):
-        group["step"] = group.get("step", 0) + 1
+        group["step"] += 1
         for param, (grad, handle) in zip(group["params"], started):
             if handle is not None:
                 handle.wait()
             sharded = self._is_sharded(param)
             mine = self._my_rows(param.data) if sharded else param.data
             state = self.state[param]
-            if not state:
-                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(mine, dtype=torch.float32) for _ in range(2))
             tensors = [t.view(-1) for t in (mine, grad, state["exp_avg"], state["exp_avg_sq"])]
             beta1, beta2 = group["betas"]
             for pieces in zip(*(t.split(CPU_SLICE) if t.device.type == "cpu" else (t,) for t in tensors)):
@@ -164,10 +177,6 @@ class MuonAdamW(torch.optim.Optimizer):
             handle.wait()
         mine = self._my_rows(torch.stack([p.data for p in group["params"]]))
         state = self.state[group["params"][0]]
-        if not state:
-            m, n = mine.shape[-2:]
-            state["momentum"] = torch.zeros_like(mine)
-            state["second_moment"] = mine.new_zeros((mine.size(0), m, 1) if m >= n else (mine.size(0), 1, n))
         self._muon_update(mine, grads, state["momentum"], state["second_moment"],
                           *self._scalars(mine, group["lr"], group["momentum"], group["beta2"], group["weight_decay"]),
                           self.dtype)
@@ -194,7 +203,7 @@ class MuonAdamW(torch.optim.Optimizer):
             owners = group["params"][:1] if group["kind"] == "muon" else group["params"]
             for name, param in zip(group["names"], owners):
                 shards[name] = dict(self.state[param])
-        steps = {group["names"][0]: group.get("step", 0) for group in self.param_groups}
+        steps = {group["names"][0]: group["step"] for group in self.param_groups}
         return {"shards": shards, "steps": steps, "world_size": self.world_size}
 
     @torch.no_grad()

@@ -168,16 +168,20 @@ class RustBPETokenizer:
         dtype = np.uint16 if self.get_vocab_size() <= 1 << 16 else np.uint32
         bos = self.get_bos_token_id()
 
-        def encode_one(text):
-            try:
-                ids = self.enc.encode_to_numpy(text, disallowed_special=())
-            except UnicodeEncodeError:  # lone surrogates: encode_ordinary replaces them
-                ids = self.enc.encode_ordinary(text)
-            document = np.empty(len(ids) + 1, dtype)
-            document[0], document[1:] = bos, ids
-            return document
+        def encode_some(some: list[str]) -> list[np.ndarray]:
+            documents = []
+            for text in some:
+                try:
+                    ids = self.enc.encode_to_numpy(text, disallowed_special=())
+                except UnicodeEncodeError:  # lone surrogates: encode_ordinary replaces them
+                    ids = self.enc.encode_ordinary(text)
+                document = np.empty(len(ids) + 1, dtype)
+                document[0], document[1:] = bos, ids
+                documents.append(document)
+            return documents
 
-        return list(pool.map(encode_one, texts))
+        pieces = pool.map(encode_some, (texts[i:i + 16] for i in range(0, len(texts), 16)))
+        return [document for piece in pieces for document in piece]
 
     def decode(self, ids: list[int]) -> str:
         return self.enc.decode(ids)
