@@ -103,9 +103,12 @@ class _TableLookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (idx,) = ctx.saved_tensors
-        total = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device)
-        total.index_add_(0, idx.flatten(), grad.reshape(-1, ctx.shape[1]).float())
-        return total.to(ctx.dtype), None
+        rows, place = idx.flatten().unique(return_inverse=True)
+        total = torch.zeros(len(rows), ctx.shape[1], dtype=torch.float32, device=grad.device)
+        total.index_add_(0, place, grad.reshape(-1, ctx.shape[1]).float())
+        table = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
+        table[rows] = total.to(ctx.dtype)
+        return table, None
 
 
 class Embedding(nn.Embedding):
@@ -200,7 +203,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", torch.empty(0), persistent=False)
         self._begin, self._finish = Block.begin, Block.finish
         self._train_features = self.features
-        self._loss_chunk = loss_functions._chunk_forward_backward
+        self._loss_gradient = loss_functions.softmax_gradient_
 
     # --- set-up ---
 
@@ -277,7 +280,7 @@ class GPT(nn.Module):
         else:
             torch._functorch.config.activation_memory_budget = CPU_ACTIVATION_BUDGET
             self._begin, self._finish = (torch.compile(half, dynamic=False) for half in (Block.begin, Block.finish))
-        self._loss_chunk = torch.compile(loss_functions._chunk_forward_backward, dynamic=False)
+        self._loss_gradient = torch.compile(loss_functions.softmax_gradient_, dynamic=False)
 
     # --- forward ---
 
@@ -287,10 +290,10 @@ class GPT(nn.Module):
         features = self._train_features(idx) if compiled else self.features(idx, kv_cache)  # (B, T, C)
         if targets is None:
             return self.logits(features)
-        weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight_as(features.dtype)
-        weight = weight[:self.config.vocab_size]
+        weight = self._unpadded(self.lm_head.weight if torch.is_grad_enabled() else
+                                self.lm_head.weight_as(features.dtype))
         return loss_functions.softcap_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), loss_reduction,
-                                                    chunk_fn=self._loss_chunk)
+                                                    gradient_fn=self._loss_gradient)
 
     def next_logits(self, idx, kv_cache=None):
         """Logits (B, V) in fp32 after the last position of idx (B, T)."""
@@ -299,8 +302,12 @@ class GPT(nn.Module):
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Features (..., C) -> logits (..., V) in fp32; the padding of the vocabulary is left out."""
-        weight = self.lm_head.weight_as(features.dtype)[:self.config.vocab_size]
+        weight = self._unpadded(self.lm_head.weight_as(features.dtype))
         return loss_functions.softcap(F.linear(features, weight))
+
+    def _unpadded(self, weight: torch.Tensor) -> torch.Tensor:
+        """The head's rows of real tokens; a slice only where there is padding, since its gradient costs a copy."""
+        return weight if len(weight) == self.config.vocab_size else weight[:self.config.vocab_size]
 
     def _smear(self, x, previous):
         """Add the gated predecessor to every position: x (B, T, C), previous (B, T, C)."""

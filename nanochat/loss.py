@@ -15,43 +15,47 @@ def softcap(logits: torch.Tensor) -> torch.Tensor:
     return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
 
 
-def _chunk_forward_backward(raw: torch.Tensor, targets: torch.Tensor):
-    """Raw logits (n, V) and targets (n,) -> summed loss, and its gradient with respect to the raw logits."""
-    valid = (targets >= 0)[:, None]
-    index = targets.clamp(min=0)[:, None]
+def softmax_gradient_(raw: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Overwrite raw logits (n, V) with d logsumexp / d raw, rows that are not `valid` (n, 1) with 0; returns the sums
+    of exponentials (n, 1). The one elementwise pass over all logits: what `GPT.compile` compiles."""
     squashed = 1 - 2 / (1 + torch.exp(raw.float() * (2 / SOFTCAP)))  # tanh(raw / cap), cheaper than torch.tanh
     exponentials = torch.exp(SOFTCAP * squashed)
     normalizer = exponentials.sum(dim=-1, keepdim=True)
-    gradient = (exponentials * (valid / normalizer) * (1 - squashed * squashed)).to(raw.dtype)
-    at_target = torch.tanh(raw.gather(1, index).float() / SOFTCAP)
-    loss = (valid * (normalizer.log() - SOFTCAP * at_target)).sum()
+    raw.copy_(exponentials * (valid / normalizer) * (1 - squashed * squashed))
+    return normalizer
+
+
+def _chunk_loss_and_gradient(raw: torch.Tensor, targets: torch.Tensor, gradient_fn):
+    """Raw logits (n, V) and targets (n,) -> summed loss; `raw` becomes its gradient."""
+    valid, index = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
+    at_target = torch.tanh(raw.gather(1, index).float() / SOFTCAP)  # (n, 1)
+    normalizer = gradient_fn(raw, valid)
     probability = torch.exp(SOFTCAP * at_target) / normalizer
-    target_gradient = valid * (probability - 1) * (1 - at_target * at_target)
-    return loss, gradient.scatter(1, index, target_gradient.to(raw.dtype))
+    raw.scatter_(1, index, (valid * (probability - 1) * (1 - at_target * at_target)).to(raw.dtype))
+    return (valid * (normalizer.log() - SOFTCAP * at_target)).sum()
 
 
 class _SummedLoss(torch.autograd.Function):
     """Computes the gradients chunk by chunk in the forward pass, while the chunk's logits are at hand."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk_tokens, chunk_fn):
+    def forward(ctx, hidden, weight, targets, chunk_tokens, gradient_fn):
         compute_weight = weight.to(hidden.dtype)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden.size(0), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             raw = F.linear(hidden[rows], compute_weight)
-            loss, grad_raw = chunk_fn(raw, targets[rows])
-            total += loss
-            grad_hidden[rows] = grad_raw @ compute_weight
-            grad_weight += grad_raw.t() @ hidden[rows]
+            total += _chunk_loss_and_gradient(raw, targets[rows], gradient_fn)
+            torch.mm(raw, compute_weight, out=grad_hidden[rows])
+            grad_weight += raw.t() @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_output.to(grad_hidden.dtype), grad_weight * grad_output, None, None, None
+        return grad_hidden.mul_(grad_output), grad_weight.mul_(grad_output), None, None, None
 
 
 def _token_losses(hidden, weight, targets):
@@ -60,11 +64,11 @@ def _token_losses(hidden, weight, targets):
 
 
 def softcap_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str = "mean",
-                          chunk_tokens: int = 1024, chunk_fn=_chunk_forward_backward) -> torch.Tensor:
+                          chunk_tokens: int = 1024, gradient_fn=softmax_gradient_) -> torch.Tensor:
     """Loss of hidden (N, C) under the head `weight` (V, C) for targets (N,), in fp32.
 
-    reduction "sum" or "mean" (over the targets that are not -1) gives a scalar, "none" gives (N,). `chunk_fn` lets the
-    caller pass a compiled `_chunk_forward_backward`.
+    reduction "sum" or "mean" (over the targets that are not -1) gives a scalar, "none" gives (N,). `gradient_fn` lets
+    the caller pass a compiled `softmax_gradient_`.
     """
     if reduction == "none" or not torch.is_grad_enabled():
         chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
@@ -78,5 +82,5 @@ def softcap_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: t
             return losses
         total = losses.sum()
     else:
-        total = _SummedLoss.apply(hidden, weight, targets, chunk_tokens, chunk_fn)
+        total = _SummedLoss.apply(hidden, weight, targets, chunk_tokens, gradient_fn)
     return total / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else total

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from nanochat.common import compile_problem, print0
 
-CPU_PIECE_TOKENS = 4096  # of a micro-batch that a CPU takes at once
+CPU_PIECE_TOKENS = 8192  # of a micro-batch that a CPU takes at once
 EAGER_FLOPS = 2e13  # runs on CPU below this are done before compilation would be
 
 
