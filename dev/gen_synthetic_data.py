@@ -78,11 +78,12 @@ def main(argv=None) -> dict:
     parser.add_argument("--model", default="gpt-4o-mini", help="its name there")
     args = parser.parse_args(argv)
     topics = synthetic.read_knowledge(Path(args.knowledge))
+    output = Path(args.output) if args.output else get_base_dir() / "identity_conversations.jsonl"
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.touch()  # before an endpoint is paid
     chats = from_endpoint(args.count, topics, args.seed, args.model) if args.endpoint else \
         from_templates(args.count, topics, args.seed)
-    output = Path(args.output) if args.output else get_base_dir() / "identity_conversations.jsonl"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
     temporary.write_text("".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats), encoding="utf-8")
     temporary.replace(output)
     print0(f"{len(chats):,} identity conversations over {len(topics)} topics in {output}")

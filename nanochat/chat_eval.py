@@ -60,7 +60,8 @@ def _generative_verdicts(engine: Engine, task, indices, *, num_samples, max_new_
                          seed) -> list[bool]:
     """Many problems at once; a problem is passed if one of its samples is right."""
     tokenizer = engine.tokenizer
-    prompts = _prompts(task, indices, tokenizer, max(1, engine.context - max_new_tokens))
+    room = min(max_new_tokens, engine.context // 2)  # left for the answer; longer prompts keep their end
+    prompts = _prompts(task, indices, tokenizer, engine.context - room)
     completions = engine.generate_many([p for p in prompts for _ in range(num_samples)], max_tokens=max_new_tokens,
                                        temperature=temperature, top_k=top_k, seed=seed, batch_size=batch_size)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]

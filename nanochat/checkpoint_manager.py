@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import DTYPES, Runtime, UserError, get_base_dir, print0, repo_dir
+from nanochat.common import DTYPES, Runtime, UserError, get_base_dir, print0, read_json, repo_dir
 from nanochat.gpt import CONFIG_VERSION, GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -147,12 +146,27 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def set_aside(directory: Path, runtime: Runtime) -> None:
-    """Before a run starts afresh: checkpoints of an earlier run of that name go to `<name>.previous`."""
+    """Before a run starts afresh: checkpoints of an earlier run of that name go to `<name>.previous1`, 2, ..."""
     if runtime.is_main and find_steps(directory):
-        previous = directory.with_name(directory.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
+        previous = _free_name(directory)
         directory.rename(previous)
         print0(f"an earlier run was in {directory}: it is kept in {previous.name} (--resume would have gone on with it)")
+
+
+def set_aside_after(directory: Path, step: int, runtime: Runtime) -> None:
+    """Before a run goes on from an earlier step: the checkpoints after that go to `<name>.previous1`, 2, ..."""
+    later = [s for s in find_steps(directory) if s > step]
+    if runtime.is_main and later:
+        previous = _free_name(directory)
+        previous.mkdir()
+        for path in (p for s in later for p in directory.glob(f"*_{s:06d}*")):
+            path.rename(previous / path.name)
+        print0(f"checkpoints after step {step} are kept in {previous.name}")
+
+
+def _free_name(directory: Path) -> Path:
+    return next(path for n in range(1, 10**6)
+                if not (path := directory.with_name(f"{directory.name}.previous{n}")).exists())
 
 
 def environment() -> dict:
@@ -176,14 +190,15 @@ def find_run(source: str, model_tag: str | None = None) -> Path:
     """Directory of a run, the most recently written one without a tag; UserError if there is none."""
     root = source_dir(source)
     runs = {p.name: p for p in root.iterdir() if find_steps(p)} if root.is_dir() else {}
+    current = {name: p for name, p in runs.items() if ".previous" not in name}
     if model_tag is not None:
         if model_tag not in runs:
             raise UserError(f"no checkpoint {model_tag!r} in {root}; there are: {', '.join(sorted(runs)) or 'none'}")
         return runs[model_tag]
-    if not runs:
+    if not current:
         script = {"base": "base_train", "mid": "chat_sft --stage mid", "sft": "chat_sft", "rl": "chat_rl"}[source]
         raise UserError(f"no {source} checkpoint in {root}: run python -m scripts.{script} first")
-    return max(runs.values(), key=lambda run: max(p.stat().st_mtime for p in run.glob("meta_*.json")))
+    return max(current.values(), key=lambda run: max(p.stat().st_mtime for p in run.glob("meta_*.json")))
 
 
 def find_step(directory: Path, step: int | None = None) -> int:
@@ -197,7 +212,11 @@ def find_step(directory: Path, step: int | None = None) -> int:
 
 
 def load_meta(directory: Path, step: int) -> dict:
-    return json.loads((directory / f"meta_{step:06d}.json").read_text())
+    """Meta of a checkpoint; UserError if the file is damaged."""
+    meta = read_json(directory / f"meta_{step:06d}.json")
+    if not isinstance(meta, dict) or "model_config" not in meta:
+        raise UserError(f"{directory / f'meta_{step:06d}.json'} is damaged; choose another step")
+    return meta
 
 
 def load_tensors(path: Path, device="cpu") -> dict:
@@ -226,10 +245,16 @@ def config_to_meta(config: GPTConfig) -> dict:
 def config_from_meta(stored: dict) -> GPTConfig:
     """The config of a checkpoint of any version."""
     stored = dict(stored)
-    if stored.pop("version", 0) < 1:  # public checkpoints: early ones know no windows
+    version = stored.pop("version", 0)
+    if version > CONFIG_VERSION:
+        raise UserError(f"the checkpoint's config has version {version}, this code knows {CONFIG_VERSION}: update nanochat")
+    if version < 1:  # public checkpoints: early ones know no windows
         stored.setdefault("window_pattern", "L")
         stored.setdefault("n_kv_head", stored["n_head"])
-    return GPTConfig(**stored)
+    try:
+        return GPTConfig(**stored)
+    except TypeError as error:
+        raise UserError(f"the checkpoint's config does not fit: {error}") from error
 
 
 def _migrate_state(model: GPT, state: dict) -> dict:
@@ -273,16 +298,21 @@ def check_tokenizer(tokenizer: RustBPETokenizer, meta: dict) -> None:
                         f"{meta['model_config']['vocab_size']}")
 
 
+def locate_model(source: str, model_tag: str | None = None, step: int | None = None):
+    """Directory, meta and tokenizer of a checkpoint: all that can be checked without a device."""
+    directory = find_run(source, model_tag)
+    meta = load_meta(directory, find_step(directory, step))
+    tokenizer = get_tokenizer()
+    check_tokenizer(tokenizer, meta)
+    return directory, meta | {"tag": directory.name}, tokenizer
+
+
 def load_model(source: str, device: torch.device, phase: str, model_tag: str | None = None, step: int | None = None,
                dtype: torch.dtype | None = None) -> tuple[GPT, RustBPETokenizer, dict]:
     """Model, tokenizer and meta of a checkpoint: source base | mid | sft | rl, phase "train" or "eval" (cast once)."""
-    directory = find_run(source, model_tag)
-    step = find_step(directory, step)
-    meta = load_meta(directory, step)
-    tokenizer = get_tokenizer()
-    check_tokenizer(tokenizer, meta)
-    print(f"model: {directory.name} step {step} ({source})", file=sys.stderr)
-    state = load_tensors(directory / f"model_{step:06d}.pt")
+    directory, meta, tokenizer = locate_model(source, model_tag, step)
+    state = load_tensors(directory / f"model_{meta['step']:06d}.pt")
     dtype = dtype or DTYPES[meta.get("dtype", "float32")]
     model = build_from_state(config_from_meta(meta["model_config"]), state, device, dtype)
-    return (model.train() if phase == "train" else model.for_inference()), tokenizer, meta | {"tag": directory.name}
+    print(f"model: {directory.name} step {meta['step']} ({source})", file=sys.stderr)
+    return (model.train() if phase == "train" else model.for_inference()), tokenizer, meta

@@ -3,10 +3,13 @@
 import argparse
 import contextlib
 import ctypes
+import errno
 import importlib.util
+import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -19,6 +22,7 @@ import torch.distributed as dist
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICE_TYPES = ("cuda", "cpu", "mps")
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR}
 
 
 class UserError(Exception):
@@ -32,7 +36,33 @@ def get_base_dir() -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"base directory {path} cannot be made ({error.strerror}); set NANOCHAT_BASE_DIR") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"base directory {path} cannot be written to; set NANOCHAT_BASE_DIR")
     return path
+
+
+def read_jsonl(path: Path) -> list[tuple[int, object]]:
+    """(line number, value) of a jsonl file's lines that are not blank; UserError names a line that is not JSON."""
+    values = []
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                values.append((number, json.loads(line.decode("utf-8"))))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
+    return values
+
+
+def read_json(path: Path):
+    """Contents of a small JSON record, None where it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def repo_dir() -> Path:
@@ -99,6 +129,13 @@ def add_training_output_flags(parser: "Parser") -> None:
                         help="go on from the last checkpoint, or from STEP; starts afresh if there is none yet")
 
 
+def run_name(text: str) -> str:
+    """Argument type: the name of a run, which becomes a directory's."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text) or ".previous" in text:
+        raise argparse.ArgumentTypeError(f"expected letters, digits, '-', '_' and '.', got {text!r}")
+    return text
+
+
 def add_runtime_flags(parser: Parser) -> None:
     """Flags that every program with a model shares."""
     parser.add_argument("--device-type", default="", choices=("", *DEVICE_TYPES), help="empty: the best one here")
@@ -117,6 +154,15 @@ def run_script(main) -> None:
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; mend that and run the same command again "
+              "(trainings: with --resume)", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -142,7 +188,8 @@ class StopRequest:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         self.name = signal.Signals(signum).name
-        print(f"\n{self.name} received: finishing this step, saving, then leaving (again: leave now)", flush=True)
+        # not print: it cannot be called while the loop is in a print of its own
+        os.write(1, f"\n{self.name} received: finishing this step, saving, then leaving (again: leave now)\n".encode())
 
     def agreed(self, runtime: "Runtime") -> bool:
         """True on every rank as soon as one rank was signalled."""

@@ -5,6 +5,8 @@ its own rows. A row has T + 1 tokens; inputs are the first T, targets the last T
 the next document and the numbers of those that wait in the packing buffer: loaded again, the very same rows follow.
 """
 
+import hashlib
+import json
 import os
 import queue
 import threading
@@ -184,8 +186,8 @@ def fixed_rows(tokenizer: RustBPETokenizer, files, sequence_len: int, num_rows: 
             break
         rows.append(np.concatenate(row)[:sequence_len + 1].astype(np.int32))
     if not rows:
-        raise UserError(f"the validation split has fewer than {sequence_len} tokens in all; give it more text or lower "
-                        "--max-seq-len")
+        raise UserError(f"{', '.join(str(f) for f in files)}: fewer than {sequence_len} tokens in all, not one row; give "
+                        "more text, or train with a shorter --max-seq-len")
     return torch.from_numpy(np.stack(rows))
 
 
@@ -210,10 +212,16 @@ class SFTLoader(_Loader):
                  sequence_len: int, state: dict | None = None):
         self.tokenizer, self.dataset = tokenizer, dataset
         self.truncated = self.dropped = self._useless_in_a_row = 0
-        super().__init__(runtime, device_batch_size, sequence_len, state, len(dataset))
+        super().__init__(runtime, device_batch_size, sequence_len, state, self._identity())
 
     def _encode_range(self, first, count):
         return [self.render(number % len(self.dataset)) for number in range(first, first + count)]
+
+    def _identity(self) -> str:
+        """Number of conversations, and a hash of a thousand of them."""
+        n = len(self.dataset)
+        sample = [self.dataset[i * n // min(n, 1000)] for i in range(min(n, 1000))]
+        return f"{n} conversations, {hashlib.sha256(json.dumps(sample).encode()).hexdigest()[:16]}"
 
     def render(self, index: int) -> RenderedConversation | None:
         ids, mask = self.tokenizer.render_conversation(self.dataset[index], max_tokens=None)

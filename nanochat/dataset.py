@@ -28,7 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import hub, synthetic
-from nanochat.common import Parser, UserError, announced, get_base_dir, integer, print0, run_script
+from nanochat.common import (Parser, UserError, announced, get_base_dir, integer, print0, read_json, read_jsonl,
+                             run_script)
 
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
 CLIMBMIX_LAST = 6542  # the validation shard; 0 to 6541 are for training
@@ -69,9 +70,15 @@ def find_corpus(data_dir: str | None = None) -> Corpus:
     data_dir = data_dir or os.environ.get("NANOCHAT_DATA_DIR")
     if data_dir:
         return _own_corpus(Path(data_dir).expanduser())
+    has_builtin = read_json(builtin_dir() / "done.json") is not None
     if climbmix_dir().is_dir() and list(climbmix_dir().glob("shard_*.parquet")):
-        return _climbmix_corpus()
-    if (builtin_dir() / "done.json").exists():
+        try:
+            return _climbmix_corpus()
+        except UserError as error:
+            if not has_builtin:
+                raise
+            print0(f"ClimbMix is not complete ({error}): taking the built-in corpus, which is here too")
+    if has_builtin:
         return Corpus("built-in corpus", *_split_by_name(sorted(builtin_dir().glob("*.parquet"))))
     raise UserError("no corpus: run python -m nanochat.dataset -n 8 (ClimbMix), or python -m nanochat.dataset --builtin "
                     "(no network needed), or give --data-dir")
@@ -96,7 +103,8 @@ def _split_by_name(files: list[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...
 
 def _own_corpus(folder: Path) -> Corpus:
     if not folder.is_dir():
-        raise UserError(f"data directory {folder} does not exist")
+        raise UserError(f"data directory {folder} " + ("is a file: give the folder that holds it" if folder.exists()
+                                                       else "does not exist"))
     files = sorted(f for pattern in ("*", "*/*") for f in folder.glob(pattern)
                    if f.suffix in (".parquet", ".jsonl", ".txt"))
     train, val = _split_by_name(files)
@@ -130,12 +138,10 @@ def _as_parquet(files: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
 
 def _read_jsonl(file: Path) -> list[str]:
     documents = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                documents.append(str(json.loads(line)["text"]))
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f'{file}, line {number}: expected a JSON object with a key "text"') from None
+    for number, value in read_jsonl(file):
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise UserError(f'{file}, line {number}: expected a JSON object with a key "text" that is a string')
+        documents.append(value["text"])
     return documents
 
 
@@ -194,6 +200,9 @@ class DocumentReader:
                 texts = self._open[1].read_row_group(group, columns=["text"])["text"].to_pylist()
             except (pa.ArrowException, OSError) as error:
                 raise UserError(_damaged(self.files[file], error)) from error
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(f"{self.files[file]}: the column 'text' holds something else than text (empty rows?) in "
+                                f"row group {group}; leave those rows out")
             self._cached = (start, texts)
         return self._cached
 
@@ -216,8 +225,8 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    return (f"{path} is truncated or damaged ({str(error).splitlines()[0]}): delete it, then download it again "
-            "(python -m nanochat.dataset)")
+    return (f"{path} is truncated or damaged ({str(error).splitlines()[0]}): put a whole copy in its place "
+            "(a shard of ClimbMix: delete it, then python -m nanochat.dataset)")
 
 
 def write_parquet(path: Path, documents: list[str]) -> None:
@@ -232,11 +241,17 @@ def write_parquet(path: Path, documents: list[str]) -> None:
 # --- download -----------------------------------------------------------------------------------------------------
 
 
-def download_climbmix(num_shards: int, workers: int = 4) -> None:
+def _missing_shards(num_shards: int | None) -> list[int]:
+    """Of the first `num_shards` training shards (None: all) and the validation shard, those that are not here."""
+    wanted = [CLIMBMIX_LAST, *range(CLIMBMIX_LAST if num_shards is None else num_shards)]
+    return [i for i in wanted if not (climbmix_dir() / shard_name(i)).exists()]
+
+
+def download_climbmix(num_shards: int | None, workers: int = 4) -> None:
     """The first `num_shards` training shards and the validation shard; DownloadError if one cannot be had."""
-    wanted = [CLIMBMIX_LAST, *range(min(num_shards, CLIMBMIX_LAST))]
-    missing = [i for i in wanted if not (climbmix_dir() / shard_name(i)).exists()]
-    print0(f"ClimbMix: {len(wanted)} shards wanted, {len(wanted) - len(missing)} here, {len(missing)} to download")
+    missing = _missing_shards(num_shards)
+    print0(f"ClimbMix: {len(missing)} shards to download, the validation shard included" if missing else
+           "ClimbMix: all wanted shards are here")
 
     def fetch(index: int) -> None:
         hub.download(hub.hub_url(CLIMBMIX_REPO, shard_name(index)), climbmix_dir() / shard_name(index))
@@ -325,7 +340,7 @@ def builtin_words() -> list[str]:
 def write_builtin_corpus() -> None:
     """Write the built-in corpus and its word list, unless they are there; the same for one Python installation."""
     done = builtin_dir() / "done.json"
-    if done.exists() and json.loads(done.read_text()).get("version") == BUILTIN_VERSION:
+    if (read_json(done) or {}).get("version") == BUILTIN_VERSION:
         return
     shutil.rmtree(builtin_dir(), ignore_errors=True)
     with announced("built-in corpus: harvesting prose from this Python installation"):
@@ -364,13 +379,13 @@ def main(argv=None) -> dict:
     own = os.environ.get("NANOCHAT_DATA_DIR")
     if args.auto and own:
         print0(f"NANOCHAT_DATA_DIR is set: training on {own}")
-    elif args.builtin or (args.auto and not hub.is_reachable()):
+    elif args.builtin or (args.auto and _missing_shards(args.num_shards) and not hub.is_reachable()):
         if args.auto:
             print0(f"{hub.endpoint()} is out of reach" + (" (HF_HUB_OFFLINE is set)" if hub.is_offline() else "")
                    + ": training on the built-in corpus")
         write_builtin_corpus()
     else:
-        download_climbmix(CLIMBMIX_LAST if args.num_shards is None else args.num_shards, args.workers)
+        download_climbmix(args.num_shards, args.workers)
     corpus = find_corpus()
     print0(f"corpus: {corpus.name}, {len(corpus.train)} training and {len(corpus.val)} validation files")
     return {"corpus": corpus.name, "train": len(corpus.train), "val": len(corpus.val)}

@@ -82,7 +82,7 @@ def _sdpa_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, causal, window_
 
 def _blocks(T: int, window: int) -> list[tuple[int, int, int]]:
     """(first query, end, first key) of each block of queries; at most 16 blocks, so that they can be unrolled."""
-    size = max(128, -(-T // 16))
+    size = max(256, -(-T // 16))
     starts = range(0, T, size)
     return [(a, min(a + size, T), max(0, a - window) if window >= 0 else 0) for a in starts]
 

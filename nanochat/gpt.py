@@ -58,7 +58,7 @@ class GPTConfig:
 
     def windows(self) -> list[int]:
         """Previous positions that each layer sees; -1 for all."""
-        short = -(-(self.sequence_len // 4) // 128) * 128
+        short = -(-self.sequence_len // 512) * 128
         letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)] + ["L"]
         return [-1 if letter == "L" else short for letter in letters]
 

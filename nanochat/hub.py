@@ -23,7 +23,10 @@ class DownloadError(UserError):
 
 def endpoint() -> str:
     """The hub's address: $HF_ENDPOINT, else the public one."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/\S*)?", address):
+        raise UserError(f"HF_ENDPOINT={address}: expected an address such as https://huggingface.co")
+    return address
 
 
 def is_offline() -> bool:

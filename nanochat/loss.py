@@ -15,10 +15,24 @@ def softcap(logits: torch.Tensor) -> torch.Tensor:
     return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
 
 
+def _tanh(x: torch.Tensor) -> torch.Tensor:
+    """tanh in fp32 as a quotient of polynomials (that of the Eigen library, error about 1e-7): half an exponential's
+    cost where code is compiled for a CPU."""
+    x = x.clamp(-7.9, 7.9)
+    square = x * x
+    numerator, denominator = -2.76076847742355e-16, 1.19825839466702e-06
+    for coefficient in (2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08, 1.48572235717979e-05,
+                        6.37261928875436e-04, 4.89352455891786e-03):
+        numerator = numerator * square + coefficient
+    for coefficient in (1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03):
+        denominator = denominator * square + coefficient
+    return x * numerator / denominator
+
+
 def softmax_gradient_(raw: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Overwrite raw logits (n, V) with d logsumexp / d raw, rows that are not `valid` (n, 1) with 0; returns the sums
     of exponentials (n, 1). The one elementwise pass over all logits: what `GPT.compile` compiles."""
-    squashed = 1 - 2 / (1 + torch.exp(raw.float() * (2 / SOFTCAP)))  # tanh(raw / cap), cheaper than torch.tanh
+    squashed = _tanh(raw.float() / SOFTCAP)
     exponentials = torch.exp(SOFTCAP * squashed)
     normalizer = exponentials.sum(dim=-1, keepdim=True)
     raw.copy_(exponentials * (valid / normalizer) * (1 - squashed * squashed))

@@ -90,17 +90,20 @@ class Progress:
 
 
 def _drop_from_step(path: Path, step: int) -> None:
-    """Forget the metrics of steps that a resumed run is about to take again."""
+    """Forget the metrics of steps that a resumed run is about to take again (evaluations before `step` are kept)."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] < step:
+            values = json.loads(line)
+            if values["step"] < step or (values["step"] == step and "loss" not in values):
                 kept.append(line + "\n")
         except (ValueError, KeyError):  # a line that a crash cut off
             continue
-    path.write_text("".join(kept))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
 
 
 def _start_wandb(run: str, directory: Path, config: dict):

@@ -83,6 +83,9 @@ def plan(config: GPTConfig, *, num_iterations: int | None = None, target_flops: 
     target_tokens = ratio * count_parameters(config)["scaling"]
     if num_iterations is None and target_flops is not None:
         target_tokens = target_flops / flops
+    if target_tokens < config.sequence_len:
+        raise UserError(f"--target-flops={target_flops:g} is less than one row of this model takes "
+                        f"({flops * config.sequence_len:.3g})")
     batch = total_batch_size or 2 ** round(
         math.log2(REFERENCE_BATCH * (target_tokens / reference_tokens) ** BATCH_EXPONENT))
     device_batch = device_batch_size or _default_device_batch(batch, config.sequence_len, world_size)

@@ -20,12 +20,12 @@ def lr_multiplier(step: int, num_iterations: int, warmup_steps: int = 40, warmdo
 
 
 def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float = 0.65) -> float:
-    """0.85 rising to 0.97 over 400 steps, falling to 0.90 during the warmdown."""
+    """0.85 rising to 0.97 over 400 steps, from there (or from what a short run has reached) to 0.90 in the warmdown."""
     start = num_iterations - warmdown_steps(num_iterations, warmdown_ratio)
-    if step > start:
-        done = (step - start) / (num_iterations - start)
-        return 0.97 + (0.90 - 0.97) * min(1.0, done)
-    return 0.85 + (0.97 - 0.85) * min(1.0, step / 400)
+    reached = 0.85 + (0.97 - 0.85) * min(1.0, min(step, start) / 400)
+    if step <= start:
+        return reached
+    return reached + (0.90 - reached) * min(1.0, (step - start) / (num_iterations - start))
 
 
 def weight_decay(step: int, num_iterations: int, initial: float) -> float:

@@ -66,8 +66,8 @@ def read_knowledge(path: Path = KNOWLEDGE_FILE) -> dict[str, dict[str, list[str]
     """Topics of a knowledge file -> {"ask": [...], "tell": [...]}; UserError where a topic lacks one of them."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"knowledge file {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"knowledge file {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
     topics: dict = {}
     for line in text.splitlines():
         if line.startswith("## "):

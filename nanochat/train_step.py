@@ -5,7 +5,7 @@ import gc
 import torch
 import torch.distributed as dist
 
-from nanochat.common import compile_problem, print0
+from nanochat.common import UserError, compile_problem, print0
 
 CPU_PIECE_TOKENS = 8192  # of a micro-batch that a CPU takes at once
 EAGER_FLOPS = 2e13  # runs on CPU below this are done before compilation would be
@@ -27,6 +27,13 @@ def start_compile(model, total_flops: float) -> bool:
     else:
         print0(f"torch.compile: off, {problem}")
     return problem is None
+
+
+def check_dtype(meta: dict | None, runtime) -> None:
+    """UserError if NANOCHAT_DTYPE would have a resumed run go on in another dtype."""
+    if meta is not None and str(runtime.dtype).removeprefix("torch.") != meta["dtype"]:
+        raise UserError(f"--resume: the checkpoint was trained in {meta['dtype']}, NANOCHAT_DTYPE says {runtime.dtype}; "
+                        "unset it")
 
 
 def get_rng_state(scaler) -> dict:

@@ -7,13 +7,14 @@
 #   NANOCHAT_BASE_DIR   where everything is written (~/.cache/nanochat)
 #   NANOCHAT_DATA_DIR   your own folder of parquet, jsonl or txt files to pretrain on, with a validation split (val.*)
 #   CONVERSATIONS       your own jsonl file of conversations, added to the finetuning mixture
-#   BASE_STEPS, SFT_STEPS   lengths of the two trainings
+#   BASE_STEPS, SFT_STEPS   lengths of the two trainings; with other lengths, give the run another name:
+#   TAG                 name of the run (cpu)
 #   WANDB_RUN           name of a wandb run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-TAG=cpu
+TAG="${TAG:-cpu}"
 BASE_STEPS="${BASE_STEPS:-400}"
 SFT_STEPS="${SFT_STEPS:-350}"
 WANDB_RUN="${WANDB_RUN:-dummy}"
@@ -33,6 +34,27 @@ stage() { # stage NAME COMMAND...: runs it, says how long it took; on failure sa
     stages+=("$(printf '%-34s %4d s' "$name" $((SECONDS - begun)))")
 }
 
+once() { # once NAME NEWER_THAN COMMAND...: a stage whose output is kept and shown again while NEWER_THAN stays as it is
+    local name="$1" input="$2" record
+    record="$NANOCHAT_BASE_DIR/$TAG.${1//[^a-z]/_}.txt"
+    shift 2
+    if [ -s "$record" ] && [ "$record" -nt "$input" ]; then
+        printf '\n=== %s: done before\n' "$name"
+        cat "$record"
+        return
+    fi
+    stage "$name" kept "$record" "$@"
+}
+
+kept() { # kept FILE COMMAND...: runs it and keeps what it prints, if it succeeds
+    local record="$1"
+    shift
+    "$@" | tee "$record.tmp"
+    mv "$record.tmp" "$record"
+}
+
+newest() { ls -t "$NANOCHAT_BASE_DIR/$1/$TAG"/meta_*.json | head -n 1; }
+
 setup() { bash runs/setup.sh; }
 
 stage "set-up" setup
@@ -42,17 +64,17 @@ mkdir -p "$NANOCHAT_BASE_DIR"
 
 stage "corpus" python -m nanochat.dataset --auto -n 1
 stage "tokenizer" python -m scripts.tok_train --vocab-size 8192 --max-chars 20000000 --resume
-stage "tokenizer, compared" python -m scripts.tok_eval
+once "tokenizer, compared" "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" python -m scripts.tok_eval
 stage "pretraining" python -m scripts.base_train --resume --model-tag "$TAG" --run "$WANDB_RUN" \
     --depth 4 --head-dim 64 --max-seq-len 512 --window-pattern L --device-batch-size 16 --total-batch-size 8192 \
     --num-iterations "$BASE_STEPS" --embedding-lr 0.6 --unembedding-lr 0.03 --matrix-lr 0.08 \
     --eval-every 100 --eval-tokens 100000 --sample-every -1 --save-every 50 --keep-last 1
-stage "base evaluation" python -m scripts.base_eval --model-tag "$TAG" --split-tokens 100000 --device-batch-size 16
-stage "conversations about itself" python -m dev.gen_synthetic_data --count 5000
+once "base evaluation" "$(newest base_checkpoints)" python -m scripts.base_eval --model-tag "$TAG" --split-tokens 100000 --device-batch-size 16
+once "conversations about itself" dev/self_knowledge.md python -m dev.gen_synthetic_data --count 5000
 stage "finetuning" python -m scripts.chat_sft --resume --model-tag "$TAG" --run "$WANDB_RUN" --num-iterations "$SFT_STEPS" \
     --builtin --identity-epochs 2 --spelling-rows 10000 --eval-every 100 --eval-rows 400 --save-every 50 --keep-last 1 \
     ${CONVERSATIONS:+--conversations "$CONVERSATIONS"}
-stage "chat evaluation" python -m scripts.chat_eval -i sft --model-tag "$TAG" -a SpellingBee,SimpleSpelling -m 128
+once "chat evaluation" "$(newest chatsft_checkpoints)" python -m scripts.chat_eval -i sft --model-tag "$TAG" -a SpellingBee,SimpleSpelling -m 128
 
 printf '\n=== three questions\n'
 for question in "Who are you?" "How many r are in strawberry?" "Why is the sky blue?"; do

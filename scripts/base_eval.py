@@ -3,7 +3,7 @@
 python -m scripts.base_eval --eval bpb,sample
 """
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_model, locate_model
 from nanochat.common import (Parser, UserError, add_model_flags, add_runtime_flags, compute_cleanup, compute_init, integer,
                              print0, run_script)
 from nanochat.dataloader import fixed_rows
@@ -32,6 +32,7 @@ def main(argv=None) -> dict:
         raise UserError(f"--eval={args.eval}: {', '.join(unknown)} is not one of {', '.join(EVALUATIONS)}")
     corpus = find_corpus(args.data_dir) if "bpb" in wanted else None
 
+    locate_model("base", args.model_tag, args.step)
     runtime = compute_init(args.device_type)
     model, tokenizer, meta = load_model("base", runtime.device, "eval", args.model_tag, args.step, runtime.dtype)
     results = {"tag": meta["tag"], "step": meta["step"]}

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from nanochat import schedule
 from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, check_tokenizer, config_from_meta,
                                          config_to_meta, environment, find_step, find_steps, load_meta,
-                                         load_optimizer_states, load_tensors, set_aside, source_dir)
+                                         load_optimizer_states, load_tensors, set_aside, set_aside_after, source_dir)
 from nanochat.common import (DTYPES, Parser, StopRequest, UserError, add_runtime_flags,
                              add_training_output_flags, compute_cleanup,
-                             compute_init, integer, number, print0, run_script)
+                             compute_init, integer, number, print0, run_name, run_script)
 from nanochat.dataloader import PretrainLoader, fixed_rows
 from nanochat.dataset import check_readable, find_corpus
 from nanochat.engine import Engine
@@ -26,7 +26,7 @@ from nanochat.optim import build_optimizer
 from nanochat.progress import Progress, clock, human
 from nanochat.scaling import config_for_depth, count_parameters, plan
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train_step import (collect_garbage, get_rng_state, make_scaler, set_rng_state, set_schedules,
+from nanochat.train_step import (check_dtype, collect_garbage, get_rng_state, make_scaler, set_rng_state, set_schedules,
                                  start_compile, train_step)
 
 SAMPLE_PROMPTS = ("The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow",
@@ -41,6 +41,7 @@ class LoopState:
     step: int = 0
     val_bpb: float | None = None
     best_val_bpb: float | None = None
+    evaluated_step: int | None = None  # the last step at which evaluation and samples, if due, were done
     trained_s: float = 0.0
 
 
@@ -77,7 +78,7 @@ def parse_args(argv):
     parser.add_argument("--eval-tokens", type=integer(1), default=80 * 2**19, help="tokens of the validation split")
     parser.add_argument("--sample-every", type=integer(1, off=-1), default=2000, help="steps; -1 at the end only")
     add_training_output_flags(parser)
-    parser.add_argument("--model-tag", default=None, help="name of the checkpoint directory (d<depth>)")
+    parser.add_argument("--model-tag", type=run_name, default=None, help="name of the checkpoint directory (d<depth>)")
     parser.add_argument("--data-dir", default=None, help="folder of parquet, jsonl or txt files in place of the corpus")
     return parser.parse_args(argv)
 
@@ -90,14 +91,15 @@ def check_resume(meta: dict, config, args, run_plan) -> None:
                      for name in asdict(config) if getattr(stored, name) != getattr(config, name)]
         raise UserError(f"--resume needs the model of the checkpoint: {'; '.join(differing)}. Give the same --depth, "
                         "--max-seq-len and so on, or another --model-tag")
-    now = {"num_iterations": run_plan.num_iterations, "total_batch_size": run_plan.total_batch_size}
-    now |= {name: getattr(args, name) for name in (
-        "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "warmup_steps", "warmdown_ratio",
-        "final_lr_frac")}
-    before = meta["user_config"] | {k: meta["plan"][k] for k in ("num_iterations", "total_batch_size")}
+    planned = ("num_iterations", "total_batch_size", "weight_decay")
+    now = {name: getattr(args, name) for name in (
+        "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "warmup_steps", "warmdown_ratio", "final_lr_frac",
+        "fp8")} | {name: getattr(run_plan, name) for name in planned}
+    before = meta["user_config"] | {name: meta["plan"][name] for name in planned}
     differing = [f"{k.replace('_', '-')} {before[k]} in the checkpoint, {now[k]} now" for k in now if before[k] != now[k]]
     if differing:
-        raise UserError(f"--resume needs the settings of the checkpoint: {'; '.join(differing)}")
+        raise UserError(f"--resume needs the settings of the checkpoint: {'; '.join(differing)}. Without --resume the run "
+                        "starts afresh (the old one is kept)")
 
 
 def main(argv=None) -> dict:
@@ -105,7 +107,6 @@ def main(argv=None) -> dict:
 
     # --- everything that needs no device ---
     tokenizer = get_tokenizer()
-    corpus = find_corpus(args.data_dir)
     config = config_for_depth(args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio,
                               args.head_dim, args.window_pattern)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -125,6 +126,7 @@ def main(argv=None) -> dict:
             print0(f"{directory} is finished already: {meta['step']} steps, val_bpb {meta['val_bpb']:.4f}")
             return {"step": meta["step"], "val_bpb": meta["val_bpb"], "directory": str(directory)}
     state = LoopState(**meta["loop"]) if meta else LoopState()
+    corpus = find_corpus(args.data_dir)
     check_readable(corpus.val)
     check_readable(corpus.train)
 
@@ -132,8 +134,7 @@ def main(argv=None) -> dict:
     runtime = compute_init(args.device_type, DTYPES[meta["dtype"]] if meta else None)
     if args.fp8:
         check_fp8(runtime)
-    if meta is None:
-        set_aside(directory, runtime)
+    check_dtype(meta, runtime)
     peak, peak_source = peak_for(runtime.device, runtime.dtype)
     counts = count_parameters(config)
     print0(f"device: {peak_source}, {human(peak)}FLOP/s | world size {runtime.world_size} | "
@@ -178,6 +179,10 @@ def main(argv=None) -> dict:
         print0(f"resumed from {directory} at step {state.step}")
 
     # --- loop ---
+    if meta:
+        set_aside_after(directory, state.step, runtime)
+    else:
+        set_aside(directory, runtime)
     writer = CheckpointWriter(directory, runtime, args.keep_last)
     progress = Progress(runtime, directory, num_iterations=run_plan.num_iterations, first_step=state.step, run=args.run,
                         config=vars(args) | {"plan": asdict(run_plan)}, flops_per_token=run_plan.flops_per_token,
@@ -200,22 +205,24 @@ def main(argv=None) -> dict:
     with StopRequest() as stop:
         while True:
             last = state.step == run_plan.num_iterations
-            stopping = stop.agreed(runtime)
+            stopping = stop.agreed(runtime) and not last  # the last step is finished in any case
+            looking = not stopping and state.evaluated_step != state.step
 
             def due(every):
                 return last or (every is not None and state.step > 0 and state.step % every == 0)
 
-            resumed_here = meta is not None and state.step == meta["step"]  # evaluated before it was saved
-            if due(args.eval_every) and not stopping and not resumed_here:
+            if due(args.eval_every) and looking:
                 with plain_weights(model, args.fp8):
                     state.val_bpb = evaluate_bpb(model, val_rows[:, :-1], val_rows[:, 1:], token_bytes, runtime,
                                                  run_plan.device_batch_size)
                 state.best_val_bpb = min(state.val_bpb, state.best_val_bpb or state.val_bpb)
                 progress.log(state.step, val_bpb=state.val_bpb)
                 print0(f"step {state.step:,} | val_bpb {state.val_bpb:.4f}")
-            if due(args.sample_every) and not stopping and not resumed_here and runtime.is_main:
+            if due(args.sample_every) and looking and runtime.is_main:
                 with plain_weights(model, args.fp8):
                     sample(model, tokenizer)
+            if looking:
+                state.evaluated_step = state.step
             if (due(args.save_every) or stopping) and saved_step != state.step:
                 save()
             if last or stopping:

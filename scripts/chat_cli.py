@@ -7,7 +7,7 @@ python -m scripts.chat_cli
 import random
 import sys
 
-from nanochat.checkpoint_manager import SOURCES, load_model
+from nanochat.checkpoint_manager import SOURCES, load_model, locate_model
 from nanochat.common import (Parser, UserError, add_model_flags, add_runtime_flags, compute_init, integer, number,
                              run_script)
 from nanochat.engine import Engine, TextStream
@@ -75,6 +75,8 @@ def converse(engine: Engine, args, name: str) -> None:
         import readline  # noqa: F401  arrow keys and history for input()
     except ImportError:
         pass
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     print(f"{name}\n{HELP}")
     messages: list[dict] = []
     while True:
@@ -116,6 +118,7 @@ def main(argv=None) -> dict:
     args = parser.parse_args(argv)
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("-p: the prompt is empty")
+    locate_model(args.source, args.model_tag, args.step)
     runtime = compute_init(args.device_type)
     model, tokenizer, meta = load_model(args.source, runtime.device, "eval", args.model_tag, args.step, runtime.dtype)
     engine = Engine(model, tokenizer)

@@ -5,7 +5,7 @@ python -m scripts.chat_eval -i sft -a SpellingBee,GSM8K -x 100
 """
 
 from nanochat.chat_eval import evaluate_task
-from nanochat.checkpoint_manager import SOURCES, load_model
+from nanochat.checkpoint_manager import SOURCES, load_model, locate_model
 from nanochat.common import (Parser, add_model_flags, add_runtime_flags, announced, compute_cleanup, compute_init, integer,
                              number, print0, run_script)
 from tasks.common import hub_data_available
@@ -31,6 +31,7 @@ def main(argv=None) -> dict:
         names = [name for name in names if name not in NEEDS_HUB]
         print0(f"the hub is out of reach: {', '.join(left_out)} left out, so there is no ChatCORE")
 
+    locate_model(args.source, args.model_tag, args.step)
     runtime = compute_init(args.device_type)
     model, tokenizer, meta = load_model(args.source, runtime.device, "eval", args.model_tag, args.step, runtime.dtype)
     accuracies = {}

@@ -5,12 +5,12 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --run=sft
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from nanochat import schedule
+from nanochat import hub, schedule
 from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, check_tokenizer, config_from_meta,
                                          config_to_meta, environment, find_run, find_step, find_steps, load_meta,
-                                         load_optimizer_states, load_tensors, set_aside, source_dir)
+                                         load_optimizer_states, load_tensors, set_aside, set_aside_after, source_dir)
 from nanochat.common import (DTYPES, Parser, StopRequest, UserError, add_model_flags, add_runtime_flags,
                              add_training_output_flags, compute_cleanup,
                              compute_init, get_base_dir, integer, number, print0, run_script)
@@ -21,7 +21,7 @@ from nanochat.optim import build_optimizer
 from nanochat.progress import Progress, clock
 from nanochat.scaling import RunPlan, flops_per_token
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train_step import (collect_garbage, get_rng_state, make_scaler, set_rng_state, set_schedules,
+from nanochat.train_step import (check_dtype, collect_garbage, get_rng_state, make_scaler, set_rng_state, set_schedules,
                                  start_compile, train_step)
 from tasks.builtin import BuiltinChat, Identity
 from tasks.common import TaskMixture, hub_data_available
@@ -44,6 +44,7 @@ class LoopState:
 
     step: int = 0
     val_bpb: float | None = None
+    evaluated_step: int | None = None  # the last step at which evaluation, if due, was done
     trained_s: float = 0.0
 
 
@@ -80,15 +81,28 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def obtain(name: str, make_train, make_val) -> tuple | None:
+    """Both splits of a hub data set; None where it is out of reach (offline, or not in the mirror). With the hub in
+    reach a failure is an error: an expensive run is not to train on less than was asked for."""
+    try:
+        return make_train(), make_val()
+    except UserError as error:
+        if not (hub.is_offline() or os.environ.get("NANOCHAT_DATASETS_DIR")):
+            raise
+        print0(f"{name}: {error}")
+        return None
+
+
 def build_mixtures(args) -> tuple[TaskMixture, TaskMixture]:
     """Training and validation mixtures; prints what they are made of."""
     from_hub = not args.builtin and hub_data_available()
     if not from_hub:
         print0(("--builtin" if args.builtin else "the hub is out of reach")
                + ": built-in conversations stand in for the hub's data sets")
+    own = CustomJSON(args.conversations) if args.conversations else None  # first: its mistakes are quick to find
     words = load_words()
     rows = args.spelling_rows or (200_000 if from_hub else 20_000)
-    held_out = max(1, args.eval_rows)
+    held_out = max(1, args.eval_rows // 8)  # of each set
     train, val, table = [], [], []
 
     def add(name, epochs, train_task, val_task=None):
@@ -98,26 +112,27 @@ def build_mixtures(args) -> tuple[TaskMixture, TaskMixture]:
             if val_task is not None:
                 val.append(val_task)
 
-    hub_sets = {"SmolTalk": (args.smoltalk_epochs, lambda: SmolTalk("train"), lambda: SmolTalk("test", stop=held_out)),
-                "MMLU": (args.mmlu_epochs, lambda: MMLU("auxiliary_train"), lambda: MMLU("test", stop=held_out // 4)),
-                "GSM8K": (args.gsm8k_epochs, lambda: GSM8K("train"), lambda: GSM8K("test", stop=held_out // 4))}
+    hub_sets = {"SmolTalk": (args.smoltalk_epochs, lambda: SmolTalk("train"), lambda: SmolTalk("test", stop=4 * held_out)),
+                "MMLU": (args.mmlu_epochs, lambda: MMLU("auxiliary_train"), lambda: MMLU("test", stop=2 * held_out)),
+                "GSM8K": (args.gsm8k_epochs, lambda: GSM8K("train"), lambda: GSM8K("test", stop=2 * held_out))}
     for name, (epochs, make_train, make_val) in hub_sets.items():
-        if from_hub and epochs > 0:
-            add(name, epochs, make_train(), make_val())
+        sets = obtain(name, make_train, make_val) if from_hub and epochs > 0 else None
+        if sets:
+            add(name, epochs, *sets)
         elif epochs > 0:
             for kind, size in STAND_INS[name]:
-                add(f"built-in {kind} (for {name})", 1, BuiltinChat(kind, size), BuiltinChat(kind, held_out // 8, "test"))
+                add(f"built-in {kind} (for {name})", 1, BuiltinChat(kind, size), BuiltinChat(kind, held_out, "test"))
     identity_file = get_base_dir() / "identity_conversations.jsonl"
     if identity_file.exists():
         add(f"identity ({identity_file.name})", args.identity_epochs, CustomJSON(identity_file))
     else:
-        add("identity (dev/self_knowledge.md)", args.identity_epochs, Identity(1000), Identity(held_out // 8, "test"))
+        add("identity (dev/self_knowledge.md)", args.identity_epochs, Identity(1000), Identity(held_out, "test"))
     add("SimpleSpelling", args.spelling_epochs, SimpleSpelling(rows, "train", words),
-        SimpleSpelling(held_out // 8, "test", words))
+        SimpleSpelling(held_out, "test", words))
     add("SpellingBee", args.spelling_epochs, SpellingBee(rows * 2 // 5, "train", words),
-        SpellingBee(held_out // 8, "test", words))
-    if args.conversations:
-        add(args.conversations, 1, CustomJSON(args.conversations))
+        SpellingBee(held_out, "test", words))
+    if own:
+        add(args.conversations, 1, own)
     if not train:
         raise UserError("every set of the mixture is at 0 epochs: nothing to train on")
 
@@ -156,8 +171,11 @@ def main(argv=None) -> dict:
     elif args.resume is not None:
         meta = load_meta(directory, find_step(directory, None if args.resume == "latest" else args.resume))
         check_tokenizer(tokenizer, meta)
-        if config_from_meta(meta["model_config"]) != config or meta["base_step"] != base_step:
-            raise UserError(f"--resume: {directory} was finetuned from another base model; leave out --resume")
+        if config_from_meta(meta["model_config"]) != config or meta["base"] != [base_step, base_meta["environment"]["time"]]:
+            raise UserError(f"--resume: {directory} was finetuned from another base model; leave out --resume (it is kept)")
+        if meta["user_config"]["init_lr_frac"] != args.init_lr_frac:
+            raise UserError(f"--resume needs the settings of the checkpoint: init-lr-frac "
+                            f"{meta['user_config']['init_lr_frac']} there, {args.init_lr_frac} now")
     mixture, val_mixture = build_mixtures(args)
 
     # --- runtime ---
@@ -166,7 +184,7 @@ def main(argv=None) -> dict:
     rows_per_step = total_batch // sequence_len
     num_iterations = args.num_iterations or max(1, round(loader.count_rows() / rows_per_step))
     run_plan = RunPlan(num_iterations, total_batch, device_batch, total_batch // per_micro_step,
-                       float(num_iterations * total_batch), 1.0, 0.0, flops_per_token(config))
+                       float(num_iterations * total_batch), 1.0, 0.0, flops_per_token(replace(config, sequence_len=sequence_len)))
     if meta and asdict(run_plan) | {"grad_accum_steps": 0, "device_batch_size": 0} != \
             meta["plan"] | {"grad_accum_steps": 0, "device_batch_size": 0}:
         raise UserError(f"--resume needs the settings of the checkpoint: {meta['plan']['num_iterations']} steps of "
@@ -175,8 +193,7 @@ def main(argv=None) -> dict:
         print0(f"{directory} is finished already: {num_iterations} steps, val_bpb {meta['val_bpb']:.4f}")
         return {"step": num_iterations, "val_bpb": meta["val_bpb"], "directory": str(directory), "finished": True}
     state = LoopState(**meta["loop"]) if meta else LoopState()
-    if meta is None:
-        set_aside(directory, runtime)
+    check_dtype(meta, runtime)
     peak, peak_source = peak_for(runtime.device, runtime.dtype)
     print0(f"device: {peak_source} | world size {runtime.world_size} | {meta_name(runtime.dtype)} "
            f"({runtime.dtype_reason})")
@@ -204,6 +221,10 @@ def main(argv=None) -> dict:
     token_bytes = tokenizer.token_bytes()
 
     # --- loop ---
+    if meta:
+        set_aside_after(directory, state.step, runtime)
+    else:
+        set_aside(directory, runtime)
     writer = CheckpointWriter(directory, runtime, args.keep_last)
     progress = Progress(runtime, directory, num_iterations=num_iterations, first_step=state.step, run=args.run,
                         config=vars(args) | {"plan": asdict(run_plan)}, flops_per_token=run_plan.flops_per_token,
@@ -217,24 +238,26 @@ def main(argv=None) -> dict:
                      "dtype": meta_name(runtime.dtype), "user_config": vars(args), "plan": asdict(run_plan),
                      "effective_lrs": {g["names"][0]: g["initial_lr"] for g in optimizer.param_groups},
                      "loop": asdict(state), "loader": loader.state_dict(), "tokenizer_hash": tokenizer.content_hash(),
-                     "base_step": base_step, "world_size": runtime.world_size, "device_batch_size": device_batch,
+                     "base": [base_step, base_meta["environment"]["time"]], "world_size": runtime.world_size, "device_batch_size": device_batch,
                      "max_seq_len": sequence_len, "environment": environment()})
         saved_step = state.step
 
     with StopRequest() as stop:
         while True:
             last = state.step == num_iterations
-            stopping = stop.agreed(runtime)
+            stopping = stop.agreed(runtime) and not last  # the last step is finished in any case
+            looking = not stopping and state.evaluated_step != state.step
 
             def due(every):
                 return last or (every is not None and state.step > 0 and state.step % every == 0)
 
-            resumed_here = meta is not None and state.step == meta["step"]
-            if due(args.eval_every) and not stopping and not resumed_here:
+            if due(args.eval_every) and looking:
                 with model.weights_cast_once():
                     state.val_bpb = evaluate_bpb(model, val_inputs, val_targets, token_bytes, runtime, device_batch)
                 progress.log(state.step, val_bpb=state.val_bpb)
                 print0(f"step {state.step:,} | val_bpb {state.val_bpb:.4f} (of what the assistant says)")
+            if looking:
+                state.evaluated_step = state.step
             if (due(args.save_every) or stopping) and saved_step != state.step:
                 save()
             if last or stopping:

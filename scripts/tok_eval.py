@@ -3,10 +3,14 @@
 python -m scripts.tok_eval
 """
 
+import os
+
+from nanochat import hub
 from nanochat.common import Parser, print0, run_script
 from nanochat.dataset import DocumentReader, find_corpus
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
+TIKTOKEN_HOST = "https://openaipublic.blob.core.windows.net"  # where tiktoken gets its vocabularies
 SAMPLES = {
     "news": "The city council voted on Tuesday to extend the tram line to the harbour. Construction is expected to "
             "begin next spring and will cost about 240 million euros, according to the mayor's office. Residents of "
@@ -37,11 +41,14 @@ def main(argv=None) -> dict:
     args = parser.parse_args(argv)
 
     tokenizers = {"nanochat": get_tokenizer()}
+    online = bool(os.environ.get("TIKTOKEN_CACHE_DIR")) or hub.is_reachable(TIKTOKEN_HOST)
     for label, name in (("GPT-2", "gpt2"), ("GPT-4", "cl100k_base")):
         try:
+            if not online:
+                raise ConnectionError(f"{TIKTOKEN_HOST} is out of reach")
             tokenizers[label] = RustBPETokenizer.from_pretrained(name)
         except Exception as error:  # tiktoken downloads it; any network error means: compare without
-            print0(f"{label}'s tokenizer cannot be loaded here ({type(error).__name__}): left out")
+            print0(f"{label}'s tokenizer cannot be loaded here ({str(error)[:90]}): left out")
     texts = dict(SAMPLES)
     corpus = find_corpus(args.data_dir)
     for split in ("train", "val"):

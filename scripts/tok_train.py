@@ -6,7 +6,7 @@ python -m scripts.tok_train --vocab-size 32768
 import json
 import time
 
-from nanochat.common import Parser, get_base_dir, integer, print0, run_script
+from nanochat.common import Parser, get_base_dir, integer, print0, read_json, run_script
 from nanochat.dataset import DocumentReader, find_corpus
 from nanochat.tokenizer import FILE_NAME, RustBPETokenizer
 
@@ -39,7 +39,7 @@ def main(argv=None) -> dict:
     settings = {"max_chars": args.max_chars, "doc_cap": args.doc_cap, "vocab_size": args.vocab_size,
                 "files": DocumentReader(corpus.train).names}
     record = directory / "settings.json"
-    if args.resume and record.exists() and json.loads(record.read_text()) == settings:
+    if args.resume and read_json(record) == settings:
         tokenizer = RustBPETokenizer.from_directory(directory)
         print0(f"tokenizer: {directory / FILE_NAME} was trained with these settings already")
         return {"vocab_size": tokenizer.get_vocab_size(), "seconds": 0.0}
@@ -49,6 +49,7 @@ def main(argv=None) -> dict:
     tokenizer = RustBPETokenizer.train_from_iterator(documents(corpus.train, args.max_chars, args.doc_cap),
                                                      args.vocab_size)
     seconds = time.perf_counter() - start
+    record.unlink(missing_ok=True)  # never beside a tokenizer of other settings
     tokenizer.save(directory)
     record.write_text(json.dumps(settings))
     if tokenizer.get_vocab_size() < args.vocab_size:

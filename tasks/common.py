@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from nanochat import hub
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError, get_base_dir, read_json
 
 
 class Task:
@@ -114,7 +114,10 @@ def load_hub_dataset(repo: str, subset: str, split: str):
         path = Path(mirror).expanduser() / repo / subset / f"{split}.parquet"
         if not path.exists():
             raise UserError(f"{path} is missing: put the split there, or unset NANOCHAT_DATASETS_DIR")
-        return datasets.Dataset.from_parquet(str(path), cache_dir=str(get_base_dir() / "datasets"))
+        try:
+            return datasets.Dataset.from_parquet(str(path), cache_dir=str(get_base_dir() / "datasets"))
+        except Exception as error:  # the library raises many kinds
+            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): put a whole copy there") from error
     name = None if subset == "default" else subset
     with FileLock(get_base_dir() / f"{repo.replace('/', '--')}.lock"):
         try:
@@ -127,7 +130,7 @@ def load_hub_dataset(repo: str, subset: str, split: str):
 def _pinned_revision(repo: str) -> str | None:
     """The commit of a data set that this base directory uses: looked up once, kept in datasets.json."""
     path = get_base_dir() / "datasets.json"
-    pins = json.loads(path.read_text()) if path.exists() else {}
+    pins = read_json(path) or {}
     if repo not in pins and not hub.is_offline():
         import huggingface_hub
 
@@ -137,5 +140,6 @@ def _pinned_revision(repo: str) -> str | None:
 
 
 def hub_data_available() -> bool:
-    """Whether hub data sets can be had at all: from a mirror or over the network."""
-    return bool(os.environ.get("NANOCHAT_DATASETS_DIR")) or hub.is_reachable()
+    """Whether hub data sets may be had: from a mirror, from the cache of earlier downloads, or over the network."""
+    return bool(os.environ.get("NANOCHAT_DATASETS_DIR")) or hub.is_offline() and (
+        get_base_dir() / "datasets.json").exists() or hub.is_reachable()

@@ -1,9 +1,8 @@
 """Conversations from a person's own jsonl file."""
 
-import json
 from pathlib import Path
 
-from nanochat.common import UserError
+from nanochat.common import UserError, read_jsonl
 from nanochat.tokenizer import check_conversation
 from tasks.common import Task
 
@@ -15,18 +14,11 @@ class CustomJSON(Task):
         super().__init__(**slicing)
         self.conversations = []
         path = Path(filepath).expanduser()
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"conversation file {path} cannot be read: {error}") from error
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        for number, value in read_jsonl(path):
+            conversation = {"messages": value} if isinstance(value, list) else value
             try:
-                value = json.loads(line)
-                conversation = {"messages": value} if isinstance(value, list) else value
                 check_conversation(conversation)
-            except (ValueError, UserError) as error:
+            except UserError as error:
                 raise UserError(f"{path}, line {number}: {error}") from error
             self.conversations.append(conversation)
         if not self.conversations:

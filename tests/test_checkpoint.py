@@ -89,9 +89,25 @@ def test_clear_errors(base_dir, cpu, tokenizer):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read"):
         cm.load_model("base", torch.device("cpu"), "eval")
+    for text in ("{", "{}"):
+        (root / "d1" / "meta_000001.json").write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            cm.load_model("base", torch.device("cpu"), "eval")
+    save(root / "d1", [1], cpu, tokenizer_hash=tokenizer.content_hash())
     path.unlink()
     with pytest.raises(UserError, match="missing"):
         cm.load_model("base", torch.device("cpu"), "eval")
+
+
+def test_going_on_from_an_earlier_step_keeps_the_later_ones_aside(tmp_path, cpu):
+    run = tmp_path / "d1"
+    save(run, [1, 2, 3], cpu)
+    cm.set_aside_after(run, 1, cpu)
+    assert cm.find_steps(run) == [1] and cm.find_steps(tmp_path / "d1.previous1") == [2, 3]
+    save(run, [2], cpu, keep_last=1)
+    assert cm.find_steps(run) == [2]
+    cm.set_aside(run, cpu)
+    assert cm.find_steps(tmp_path / "d1.previous2") == [2] and cm.find_steps(tmp_path / "d1.previous1") == [2, 3]
 
 
 def test_only_tensors_are_loaded(tmp_path):

@@ -57,7 +57,7 @@ def reference_logits(model: GPT, ids: list[int]) -> torch.Tensor:
         p = f"transformer.h.{layer}."
         x = [W["resid_lambdas"][layer] * a + W["x0_lambdas"][layer] * b for a, b in zip(x, x0)]
         letter = "L" if layer == c.n_layer - 1 else c.window_pattern[layer % len(c.window_pattern)]
-        window = len(ids) if letter == "L" else -(-(c.sequence_len // 4) // 128) * 128
+        window = len(ids) if letter == "L" else math.ceil(c.sequence_len / 4 / 128) * 128
         q, k, v = [], [], []
         for t, a in enumerate(map(rms, x)):
             value = (W[p + "attn.c_v.weight"] @ a).view(c.n_kv_head, D)
@@ -246,6 +246,7 @@ def test_windows():
     config = GPTConfig(sequence_len=2048, n_layer=6, window_pattern="SSSL")
     assert config.windows() == [512, 512, 512, -1, 512, -1]
     assert GPTConfig(sequence_len=600, n_layer=2, window_pattern="S").windows() == [256, -1]
+    assert GPTConfig(sequence_len=2050, n_layer=2).windows() == [640, -1]
 
 
 @pytest.mark.parametrize("change", [{"window_pattern": "XYZ"}, {"window_pattern": ""}, {"n_layer": 0}, {"n_embd": 100},

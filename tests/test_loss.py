@@ -29,6 +29,20 @@ def test_value_and_gradients(reduction, chunk):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
+def test_half_precision(dtype, tolerance):
+    """The gradients of both half precisions stay close to those in float64, large logits included."""
+    torch.manual_seed(0)
+    hidden, weight = (4 * torch.randn(64, 32)).to(dtype), torch.randn(500, 32)
+    targets = torch.randint(0, 500, (64,))
+    ours = [hidden.clone().requires_grad_(), weight.to(dtype).float().requires_grad_()]
+    exact = [hidden.double().requires_grad_(), weight.to(dtype).double().requires_grad_()]
+    loss, expected = softcap_cross_entropy(*ours, targets), plain(*exact, targets, "mean")
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for got, want in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(expected, exact)):
+        assert (got.double() - want).norm() < tolerance * want.norm()
+
+
 def test_extreme_logits_stay_finite():
     hidden = torch.full((4, 8), 100.0, requires_grad=True)
     weight = torch.randn(30, 8, requires_grad=True)
@@ -42,3 +56,26 @@ def test_all_targets_ignored_is_zero():
     loss = softcap_cross_entropy(hidden, weight, torch.full((4,), -1))
     loss.backward()
     assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_no_fp32_logits_of_a_whole_batch():
+    """Neither training nor evaluation makes a tensor as large as tokens x vocabulary."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return out
+
+    hidden, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
+    targets = torch.randint(0, 300, (4096,))
+    with Largest() as training:
+        softcap_cross_entropy(hidden, weight, targets, "sum").backward()
+    with Largest() as evaluation, torch.no_grad():
+        softcap_cross_entropy(hidden, weight, targets, "none")
+    assert max(training.numel, evaluation.numel) <= 1024 * 300 < 4096 * 300

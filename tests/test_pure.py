@@ -33,6 +33,9 @@ def test_muon_momentum_and_weight_decay():
     assert schedule.muon_momentum(400, 2000) == schedule.muon_momentum(700, 2000) == pytest.approx(0.97)
     assert schedule.muon_momentum(1350, 2000) == pytest.approx(0.935)
     assert schedule.muon_momentum(2000, 2000) == pytest.approx(0.90)
+    short = [schedule.muon_momentum(step, 400) for step in range(401)]  # warmdown from step 140 on, at 0.892
+    assert short[140] == pytest.approx(0.892) and short[400] == pytest.approx(0.90)
+    assert max(abs(a - b) for a, b in zip(short, short[1:])) < 0.001
     assert [schedule.weight_decay(s, 100, 0.2) for s in (0, 50, 100)] == pytest.approx([0.2, 0.1, 0.0], abs=1e-12)
 
 

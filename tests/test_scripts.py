@@ -1,6 +1,7 @@
 """The scripts as a person runs them: every wrong input is one line and exit code 2, before anything slow starts."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,8 +67,8 @@ def test_metrics_file(trained):
 def test_a_fresh_run_keeps_the_earlier_one(trained, capsys):
     base_train.main([*TINY, "--model-tag=again"])
     base_train.main([*TINY, "--model-tag=again"])
-    assert "again.previous" in capsys.readouterr().out
-    assert (trained / "base_checkpoints" / "again.previous" / "model_000003.pt").exists()
+    assert "again.previous1" in capsys.readouterr().out
+    assert (trained / "base_checkpoints" / "again.previous1" / "model_000003.pt").exists()
 
 
 @pytest.mark.parametrize("flags,match", [
@@ -145,6 +146,14 @@ def test_fp8_is_refused_where_impossible(trained):
 def test_one_line_and_exit_code_2(arguments, tmp_path):
     done = subprocess.run([sys.executable, "-m", *arguments], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_shell_script_stops_at_a_failed_stage(tmp_path):
+    if not (REPO / ".venv" / ".nanochat-setup").exists():
+        pytest.skip("runs/setup.sh has not been run here")
+    done = subprocess.run(["bash", "runs/runcpu.sh"], cwd=REPO, capture_output=True, text=True,
+                          env=os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path), "NANOCHAT_DATA_DIR": "/nowhere"})
+    assert done.returncode == 2 and 'stage "corpus" failed' in done.stderr and "tok_train" not in done.stdout
 
 
 def test_every_flag_has_help():

@@ -216,5 +216,9 @@ def test_generative_evaluation_counts_right_answers(tokenizer, cpu):
 
     task = Lenient("facts", 12)
     expected = sum(len(task[i]["messages"][0]["content"]) % 2 == 0 for i in range(12))
+    prompts = []
+    model.next_logits, original = (lambda idx, cache: (prompts.append(idx.shape), original(idx, cache))[1]), model.next_logits
+    evaluate_task(model, tokenizer, task, cpu, max_new_tokens=512, max_problems=2)
+    assert max(shape[1] for shape in prompts) > 10  # a generous limit leaves the question its room
     result = evaluate_task(model, tokenizer, task, cpu, batch_size=5, max_new_tokens=4)
     assert (result.correct, result.total, result.baseline) == (expected, 12, 0.0)

@@ -166,6 +166,24 @@ def test_signal_finishes_the_step_and_saves(signum, base_dir, tokenizer, tmp_pat
     assert len(steps) == 1 and 6 <= steps[0] <= 8 and "--resume goes on" in output[-1], "".join(output[-3:])
 
 
+def test_signal_in_the_last_step_finishes_the_run(base_dir, tokenizer, tmp_path):
+    base = tmp_path / "b"
+    prepare(base, tokenizer)
+    process = subprocess.Popen([sys.executable, "-u", "-m", *BASE, "--num-iterations=6"], cwd=REPO, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=os.environ | {"NANOCHAT_BASE_DIR": str(base)})
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        if line.startswith("step 5/"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0 and "Traceback" not in "".join(output)
+    step, = find_steps(base / "base_checkpoints" / "d2")
+    assert step in (5, 6)
+    code, output = run([*BASE, "--num-iterations=6", "--resume"], base)
+    assert code == 0 and "val_bpb" in output
+
+
 def test_two_processes_on_cpu_train_as_one(base_dir, tokenizer, tmp_path):
     """torchrun on CPU synchronises its replicas (gloo): losses of two processes are those of one."""
     results = {}
