@@ -1,15 +1,26 @@
 """Downloads from a local server that speaks the hub's protocol and misbehaves on request."""
 
 import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from pathlib import Path
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanochat import hub
 from nanochat.common import UserError
 from nanochat.dataset import CLIMBMIX_REPO, main as dataset_main, write_parquet
 
+COMMIT = "a" * 40
 CONTENT = bytes(range(256)) * 2000
 
 
@@ -17,7 +28,7 @@ class Hub:
     """Files by path; `faults` are carried out one request at a time, then it behaves."""
 
     def __init__(self):
-        self.files, self.faults, self.requests = {}, [], []
+        self.files, self.faults, self.requests, self.dataset = {}, [], [], {}
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -25,11 +36,48 @@ class Hub:
                 pass
 
             def do_HEAD(self):
+                if self.path.startswith("/datasets/"):
+                    return self.hub_file(head=True)
                 self.send_response(200)
                 self.end_headers()
 
+            def hub_file(self, head=False):
+                """A file of the small data set below, as the hub serves it; 404 in the hub's words for another."""
+                name = unquote(self.path.split(f"/resolve/{COMMIT}/")[-1])
+                content = outer.dataset.get(name)
+                self.send_response(404 if content is None else 200)
+                if content is None:
+                    self.send_header("X-Error-Code", "EntryNotFound")
+                else:
+                    self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+                    self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("Content-Length", str(len(content or b"")))
+                self.end_headers()
+                if content and not head:
+                    self.wfile.write(content)
+
+            def hub_api(self):
+                """What the hub says of the data set: its commit and files, or a folder's entries."""
+                if "/tree/" in self.path:
+                    folder = unquote(self.path.split("?")[0].split(f"/tree/{COMMIT}")[-1]).strip("/")
+                    answer = [{"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+                              for name, content in outer.dataset.items() if name.startswith(folder + "/" if folder else "")]
+                else:
+                    answer = {"id": "openai/gsm8k", "sha": COMMIT, "private": False, "gated": False, "disabled": False,
+                              "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": n} for n in outer.dataset]}
+                body = json.dumps(answer).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
             def do_GET(self):
                 outer.requests.append((self.path, dict(self.headers)))
+                if self.path.startswith("/api/datasets/"):
+                    return self.hub_api()
+                if self.path.startswith("/datasets/openai/"):
+                    return self.hub_file()
                 fault = outer.faults.pop(0) if outer.faults else None
                 content = outer.files.get(self.path.split("?")[0])
                 if isinstance(fault, int):
@@ -143,3 +191,21 @@ def test_climbmix_shards(server, tmp_path, monkeypatch):
     assert len(server.requests) == count
     with pytest.raises(UserError, match="shard_00002"):
         dataset_main(["-n", "3"])
+
+
+def test_data_sets_come_through_the_hub_and_then_from_the_cache(server, tmp_path):
+    """The real `datasets` library against the local hub: the commit is pinned, and afterwards no network is needed."""
+    table = io.BytesIO()
+    pq.write_table(pa.table({"question": ["1+1?", "2+2?"], "answer": ["#### 2", "#### 4"]}), table)
+    splits = "".join(f"  - split: {s}\n    path: main/{s}.parquet\n" for s in ("train", "test"))
+    server.dataset = {"README.md": f"---\nconfigs:\n- config_name: main\n  data_files:\n{splits}---\n".encode(),
+                      "main/train.parquet": table.getvalue(), "main/test.parquet": table.getvalue()}
+    program = "from tasks.gsm8k import GSM8K; t = GSM8K('test'); print(len(t), t[1]['messages'][0]['content'])"
+    env = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "NANOCHAT_BASE_DIR": str(tmp_path)}
+    for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
+        count = len(server.requests)
+        done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).resolve().parents[1], env=env | offline,
+                              capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.split() == ["2", "2+2?"], done.stderr[-2000:]
+        assert json.loads((tmp_path / "datasets.json").read_text()) == {"openai/gsm8k": COMMIT}
+    assert len(server.requests) == count  # offline, nobody was asked
