@@ -21,10 +21,12 @@ WANDB_RUN="${WANDB_RUN:-dummy}"
 started=$SECONDS
 stages=()
 
+shown() { [ "$1" != kept ] || shift 2; echo "$*"; }
+
 stage() { # stage NAME COMMAND...: runs it, says how long it took; on failure says what to do
     local name="$1" begun=$SECONDS status=0
     shift
-    printf '\n=== %s\n    %s\n' "$name" "$*"
+    printf '\n=== %s\n    %s\n' "$name" "$(shown "$@")"
     "$@" || status=$?
     if [ "$status" -ne 0 ]; then
         printf '\n!!! stage "%s" failed (exit code %d). The line above says why; bash runs/runcpu.sh goes on from here.\n' \
