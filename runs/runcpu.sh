@@ -81,7 +81,7 @@ once "chat evaluation" "$(newest chatsft_checkpoints)" python -m scripts.chat_ev
 printf '\n=== three questions\n'
 for question in "Who are you?" "How many r are in strawberry?" "Why is the sky blue?"; do
     printf '\nYou: %s\nnanochat: ' "$question"
-    python -m scripts.chat_cli --model-tag "$TAG" -p "$question"
+    python -m scripts.chat_cli --model-tag "$TAG" -t 0 -p "$question"
 done
 
 printf '\n=== time\n'
