@@ -79,8 +79,8 @@ stage "finetuning" python -m scripts.chat_sft --resume --model-tag "$TAG" --run 
 once "chat evaluation" "$(newest chatsft_checkpoints)" python -m scripts.chat_eval -i sft --model-tag "$TAG" -a SpellingBee,SimpleSpelling -m 128
 
 printf '\n=== three questions\n'
-for question in "Who are you?" "How many r are in strawberry?" "Why is the sky blue?"; do
-    printf '\nYou: %s\nnanochat: ' "$question"
+for question in "Who are you?" "How many t are in butterfly?" "Why is the sky blue?"; do
+    printf '\nYou: %s\n' "$question"
     python -m scripts.chat_cli --model-tag "$TAG" -t 0 -p "$question"
 done
 
