@@ -12,8 +12,8 @@ from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 
 EVALUATIONS = ("bpb", "sample")
-PROMPTS = ("The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
-           "The opposite of hot is", "The planets of the solar system are:", "The function returns")
+PROMPTS = ("Paris is a city in", "Water freezes when", "The first three months are January,", "She opened the door and",
+           "Two plus three is", "This function returns")
 
 
 def main(argv=None) -> dict:

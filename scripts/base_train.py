@@ -29,9 +29,8 @@ from nanochat.tokenizer import get_tokenizer
 from nanochat.train_step import (check_dtype, collect_garbage, get_rng_state, make_scaler, set_rng_state, set_schedules,
                                  start_compile, train_step)
 
-SAMPLE_PROMPTS = ("The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow",
-                  "The opposite of hot is", "The planets of the solar system are", "My favorite color is",
-                  "If 5*x + 3 = 13, then x is")
+SAMPLE_PROMPTS = ("Paris is a city in", "Water freezes when", "The first three months are January,",
+                  "She opened the door and", "Two plus three is", "This function returns")
 
 
 @dataclass

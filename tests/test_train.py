@@ -149,38 +149,33 @@ def test_resume_is_bit_exact_after_sigkill_for_base_and_sft(base_dir, tokenizer,
     assert losses(twice / "chatsft_checkpoints" / "d2")[-1] < losses(twice / "chatsft_checkpoints" / "d2")[0]
 
 
+def signalled(arguments, base_dir, signum, at):
+    """Run a script and send it a signal when the line of step `at` appears -> exit code, output, steps saved."""
+    process = subprocess.Popen([sys.executable, "-u", "-m", *arguments], cwd=REPO, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, env=os.environ | {"NANOCHAT_BASE_DIR": str(base_dir)})
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        if line.startswith(f"step {at}/"):
+            process.send_signal(signum)
+    return process.wait(), "".join(output), find_steps(base_dir / "base_checkpoints" / "d2")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signal_finishes_the_step_and_saves(signum, base_dir, tokenizer, tmp_path):
     base = tmp_path / "b"
     prepare(base, tokenizer)
-    process = subprocess.Popen([sys.executable, "-u", "-m", *BASE, "--save-every=-1"], cwd=REPO, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env=os.environ | {"NANOCHAT_BASE_DIR": str(base)})
-    output = []
-    for line in process.stdout:
-        output.append(line)
-        if line.startswith("step 6/"):
-            process.send_signal(signum)
-    assert process.wait() == 0
-    steps = find_steps(base / "base_checkpoints" / "d2")
-    assert len(steps) == 1 and 6 <= steps[0] <= 8 and "--resume goes on" in output[-1], "".join(output[-3:])
+    code, output, steps = signalled([*BASE, "--save-every=-1"], base, signum, 6)
+    assert code == 0 and len(steps) == 1 and 6 <= steps[0] <= 8 and "--resume goes on" in output, output
 
 
 def test_signal_in_the_last_step_finishes_the_run(base_dir, tokenizer, tmp_path):
     base = tmp_path / "b"
     prepare(base, tokenizer)
-    process = subprocess.Popen([sys.executable, "-u", "-m", *BASE, "--num-iterations=6"], cwd=REPO, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env=os.environ | {"NANOCHAT_BASE_DIR": str(base)})
-    output = []
-    for line in process.stdout:
-        output.append(line)
-        if line.startswith("step 5/"):
-            process.send_signal(signal.SIGTERM)
-    assert process.wait() == 0 and "Traceback" not in "".join(output)
-    step, = find_steps(base / "base_checkpoints" / "d2")
-    assert step in (5, 6)
-    code, output = run([*BASE, "--num-iterations=6", "--resume"], base)
+    arguments = [*BASE, "--num-iterations=6"]
+    code, output, (step,) = signalled(arguments, base, signal.SIGTERM, 5)
+    assert code == 0 and "Traceback" not in output and step in (5, 6), output
+    code, output = run([*arguments, "--resume"], base)
     assert code == 0 and "val_bpb" in output
 
 
