@@ -13,11 +13,14 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
+from nanochat import ranks
 from nanochat.common import DTYPES, Runtime, UserError, get_base_dir, print0, read_json, repo_dir
 from nanochat.gpt import CONFIG_VERSION, GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -25,6 +28,7 @@ from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
            "rl": "chatrl_checkpoints"}
 RANK_FILES_TIMEOUT_S = 600
+LOCK_TIMEOUT_S = 10
 
 
 def source_dir(source: str) -> Path:
@@ -58,7 +62,11 @@ def _write_atomically(path: Path, write) -> None:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints from a background thread; training waits only for the copy to host memory."""
+    """Writes a run's checkpoints from a background thread; training waits only for the copy to host memory.
+
+    Every rank writes its optimizer file; model and meta are written once on each file system that the ranks use: by rank
+    0 where all machines share one, by the first rank of each machine where they do not.
+    """
 
     def __init__(self, directory: Path, runtime: Runtime, keep_last: int | None = None):
         self.directory, self.runtime, self.keep_last = Path(directory), runtime, keep_last
@@ -68,14 +76,37 @@ class CheckpointWriter:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{directory} cannot be made: {error.strerror}") from error
-        if runtime.is_main:
+        self.neighbours = _ranks_on_this_file_system(self.directory.parent, runtime)
+        self.is_writer = runtime.rank == self.neighbours[0]
+        if self.is_writer:
+            self._lock = FileLock(f"{self.directory}.lock")
+            try:
+                self._lock.acquire(timeout=LOCK_TIMEOUT_S)
+            except Timeout:
+                raise UserError(f"another training writes to {self.directory} at this moment; wait for it or stop it, or "
+                                "give this one another --model-tag") from None
             remove_leftovers(self.directory)
+
+    def start(self, after: int | None) -> None:
+        """Put aside what the run would mix with: all earlier checkpoints, or those after the step it goes on from."""
+        if self.is_writer:
+            if after is None:
+                set_aside(self.directory)
+            else:
+                set_aside_after(self.directory, after)
+        self.runtime.barrier()
+        self.directory.mkdir(exist_ok=True)
+
+    def check(self) -> None:
+        """UserError if the checkpoint under way has failed already; does not wait."""
+        if self._error is not None:
+            self.wait()
 
     def save(self, step: int, model_state: dict, optim_state: dict, meta: dict) -> None:
         """Copy everything to host memory and write it in the background; UserError if the previous write failed."""
         self.wait()
         optim_state = _to_host(optim_state)
-        model_state = _to_host(model_state) if self.runtime.is_main else None
+        model_state = _to_host(model_state) if self.is_writer else None
         meta = json.dumps(meta, indent=1).encode()
         self._thread = threading.Thread(target=self._write, args=(step, model_state, optim_state, meta))
         self._thread.start()
@@ -93,15 +124,20 @@ class CheckpointWriter:
             raise UserError(f"saving to {self.directory} failed: {reason}; {kept}. Free some space, then run the same "
                             "command with --resume" + ("" if steps else " left out")) from error
 
+    def close(self) -> None:
+        """Wait, and let others write to the directory."""
+        self.wait()
+        if self.is_writer:
+            self._lock.release()
+
     def _write(self, step, model_state, optim_state, meta):
         try:
             rank, d = self.runtime.rank, self.directory
             _write_atomically(d / f"optim_{step:06d}_rank{rank}.pt", lambda f: _save(optim_state, f))
-            if not self.runtime.is_main:
+            if not self.is_writer:
                 return
             _write_atomically(d / f"model_{step:06d}.pt", lambda f: _save(model_state, f))
-            others = [d / f"optim_{step:06d}_rank{r}.pt" for r in range(1, self.runtime.world_size)]
-            _wait_for(others)
+            _wait_for([d / f"optim_{step:06d}_rank{r}.pt" for r in self.neighbours])
             _write_atomically(d / f"meta_{step:06d}.json", lambda f: f.write(meta))
             if self.keep_last is not None:
                 for old in find_steps(d)[:-self.keep_last]:
@@ -118,6 +154,20 @@ def _save(value, file) -> None:
         if free < 64 or "write" in str(error) or "PytorchStreamWriter" in str(error):
             raise OSError(errno.ENOSPC, "No space left on device") from error
         raise
+
+
+def _ranks_on_this_file_system(folder: Path, runtime: Runtime) -> list[int]:
+    """Ranks that see the same folder: all, or on machines with disks of their own those of this machine."""
+    if runtime.local_world_size == runtime.world_size:
+        return list(range(runtime.world_size))
+    token = ranks.gather(uuid.uuid4().hex)[0]
+    probe = folder / f".probe-{token}-{runtime.rank}"
+    probe.touch()
+    ranks.gather("probes are there")
+    seen = sorted(int(p.name.rsplit("-", 1)[1]) for p in folder.glob(f".probe-{token}-*"))
+    ranks.gather("all have looked")
+    probe.unlink()
+    return seen
 
 
 def _wait_for(paths: list[Path]) -> None:
@@ -145,18 +195,18 @@ def remove_leftovers(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def set_aside(directory: Path, runtime: Runtime) -> None:
+def set_aside(directory: Path) -> None:
     """Before a run starts afresh: checkpoints of an earlier run of that name go to `<name>.previous1`, 2, ..."""
-    if runtime.is_main and find_steps(directory):
+    if find_steps(directory):
         previous = _free_name(directory)
         directory.rename(previous)
         print0(f"an earlier run was in {directory}: it is kept in {previous.name} (--resume would have gone on with it)")
 
 
-def set_aside_after(directory: Path, step: int, runtime: Runtime) -> None:
+def set_aside_after(directory: Path, step: int) -> None:
     """Before a run goes on from an earlier step: the checkpoints after that go to `<name>.previous1`, 2, ..."""
     later = [s for s in find_steps(directory) if s > step]
-    if runtime.is_main and later:
+    if later:
         previous = _free_name(directory)
         previous.mkdir()
         for path in (p for s in later for p in directory.glob(f"*_{s:06d}*")):
@@ -211,6 +261,24 @@ def find_step(directory: Path, step: int | None = None) -> int:
     return steps[-1] if step is None else step
 
 
+def find_resume_step(directory: Path, wanted: int | str | None) -> int | None:
+    """Step to go on from, the last ("latest") or the `wanted` one that every machine has; None for a fresh start."""
+    if wanted is None:
+        return None
+    everywhere = [set(json.loads(steps)) for steps in ranks.gather(json.dumps(find_steps(directory)))]
+    common = set.intersection(*everywhere)
+    if not common and any(everywhere):
+        missing = [str(rank) for rank, steps in enumerate(everywhere) if not steps]
+        raise UserError(f"--resume: no checkpoint in {directory} is on every machine (none on those of ranks "
+                        f"{', '.join(missing) or 'with other steps'}); copy the directory there, or leave out --resume")
+    if wanted != "latest" and wanted not in common:
+        raise UserError(f"no step {wanted} in {directory}; there are: {', '.join(map(str, sorted(common))) or 'none'}")
+    if not common:
+        print0(f"--resume: no checkpoint in {directory} yet, starting at step 0")
+        return None
+    return max(common) if wanted == "latest" else wanted
+
+
 def load_meta(directory: Path, step: int) -> dict:
     """Meta of a checkpoint; UserError if the file is damaged."""
     meta = read_json(directory / f"meta_{step:06d}.json")
@@ -231,8 +299,13 @@ def load_tensors(path: Path, device="cpu") -> dict:
 
 def load_optimizer_states(directory: Path, step: int, meta: dict, runtime: Runtime) -> list[dict]:
     """This rank's optimizer file at the world size that saved it, every rank's at another."""
-    ranks = [runtime.rank] if meta["world_size"] == runtime.world_size else range(meta["world_size"])
-    return [load_tensors(directory / f"optim_{step:06d}_rank{r}.pt", runtime.device) for r in ranks]
+    wanted = [runtime.rank] if meta["world_size"] == runtime.world_size else range(meta["world_size"])
+    paths = [directory / f"optim_{step:06d}_rank{r}.pt" for r in wanted]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise UserError(f"{', '.join(missing)} of {meta['world_size']} optimizer files are missing in {directory}; where "
+                        "machines do not share a disk, copy them from those that wrote them")
+    return [load_tensors(path, "cpu" if len(paths) > 1 else runtime.device) for path in paths]
 
 
 # --- models -------------------------------------------------------------------------------------------------------

@@ -11,14 +11,16 @@ import os
 import platform
 import re
 import shutil
-import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from nanochat import ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICE_TYPES = ("cuda", "cpu", "mps")
@@ -120,6 +122,11 @@ def number(low: float = 0.0, high: float = math.inf, off: float | None = None):
     return parse
 
 
+def batch_size(text: str) -> int | str:
+    """Argument type: a number of rows, or "auto"."""
+    return text if text == "auto" else integer(1)(text)
+
+
 def add_training_output_flags(parser: "Parser") -> None:
     """Flags of saving and resuming that every training shares."""
     parser.add_argument("--save-every", type=integer(1, off=-1), default="-1", help="steps; -1 at the end only")
@@ -148,52 +155,47 @@ def add_model_flags(parser: Parser) -> None:
 
 
 def run_script(main) -> None:
-    """Run a script's main: a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main: a UserError becomes one line on stderr and exit code 2. The rank that fails first says so;
+    the others end with it."""
+    try:
+        ranks.place()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     try:
         main()
     except UserError as error:
-        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _fail(str(error), 2)
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in MENDABLE:
-            raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; mend that and run the same command again "
-              "(trainings: with --resume)", file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted", 130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in MENDABLE:
+            _fail(f"{error.filename or 'a file'}: {error.strerror}; mend that and run the same command again (trainings: "
+                  "with --resume)", 2)
+        if ranks.is_lost_contact(error) and ranks.place()["world_size"] > 1:
+            time.sleep(3)  # the rank that failed tells why, if it still can
+            detail = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])[:120]
+            _fail(f"lost contact with another rank ({detail}); if no rank says why, one was killed; run the same command again "
+                  "(trainings: with --resume)", 1)
+        traceback.print_exc()
+        _fail(f"{type(error).__name__}: {error}", 1)
 
 
-class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag that the training loop reads; a second signal ends the program at once."""
-
-    def __init__(self):
-        self.name: str | None = None
-
-    def __enter__(self):
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exc):
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum, frame):
-        if self.name is not None:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-        self.name = signal.Signals(signum).name
-        # not print: it cannot be called while the loop is in a print of its own
-        os.write(1, f"\n{self.name} received: finishing this step, saving, then leaving (again: leave now)\n".encode())
-
-    def agreed(self, runtime: "Runtime") -> bool:
-        """True on every rank as soon as one rank was signalled."""
-        return runtime.sum(float(self.name is not None)) > 0
+def _fail(reason: str, code: int):
+    """Leave with one line that says why, unless another rank was the first to fail."""
+    rank = f"[rank {os.environ['RANK']}] " if ranks.place()["world_size"] > 1 else ""
+    earlier = ranks.publish_failure(reason)
+    if earlier is None:
+        print(f"{rank}error: {reason}", file=sys.stderr, flush=True)
+    elif not earlier.endswith(f": {reason}"):
+        print(f"{rank}stopping, because another rank failed: {earlier}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if rank:  # no waiting for threads and process groups that wait for others
+        os._exit(code)
+    sys.exit(code)
 
 
 # --- runtime ------------------------------------------------------------------------------------------------------
@@ -209,6 +211,11 @@ class Runtime:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    local_world_size: int = 1
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def is_main(self) -> bool:
@@ -222,6 +229,15 @@ class Runtime:
         total = torch.tensor(value, dtype=dtype, device=self.device)
         dist.all_reduce(total)
         return total.item()
+
+    def any(self, value: bool) -> bool:
+        """True on every rank if it is on one."""
+        return self.sum(float(value)) > 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
 
     def synchronize(self) -> None:
         """Wait for the device, so that wall-clock times mean something."""
@@ -261,8 +277,8 @@ def compute_init(device_type: str = "", dtype: torch.dtype | None = None, seed: 
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device_type)
     if available and not available():
         raise UserError(f"--device-type={device_type}, but PyTorch sees no such device here; leave the flag out")
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    here = ranks.place()
+    rank, local_rank, world_size = here["rank"], here["local_rank"], here["world_size"]
     if device_type == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} here; "
                         f"use torchrun --nproc_per_node={torch.cuda.device_count()}")
@@ -274,12 +290,12 @@ def compute_init(device_type: str = "", dtype: torch.dtype | None = None, seed: 
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo",
-                                device_id=device if device_type == "cuda" else None)
+        ranks.init_process_group("nccl" if device_type == "cuda" else "gloo", device if device_type == "cuda" else None)
     dtype, reason = (dtype, "as in the checkpoint") if dtype else pick_compute_dtype(device)
+    dtype = DTYPES[ranks.gather(str(dtype).removeprefix("torch."))[0]]  # speed may differ between ranks, dtype must not
     if os.environ.get("NANOCHAT_DTYPE"):
         dtype, reason = dtype_from_environment(), "NANOCHAT_DTYPE"
-    return Runtime(device, dtype, reason, rank, local_rank, world_size)
+    return Runtime(device, dtype, reason, rank, local_rank, world_size, here["local_world_size"])
 
 
 def _keep_freed_memory() -> None:
@@ -307,8 +323,7 @@ def compile_problem(device: torch.device) -> str | None:
 
 
 def compute_cleanup() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    ranks.leave()
 
 
 def dtype_from_environment() -> torch.dtype | None:

@@ -1,8 +1,10 @@
 """Batches for pretraining and SFT, made ahead of the device in a background thread.
 
 There is one global stream of rows, the same for every world size and batch size: each rank packs all of it and takes
-its own rows. A row has T + 1 tokens; inputs are the first T, targets the last T. The state of a loader is the number of
-the next document and the numbers of those that wait in the packing buffer: loaded again, the very same rows follow.
+its own rows. A row has T + 1 tokens; inputs are the first T, targets the last T. Where the rows of a step do not divide
+by ranks and device batch, the last micro-step is filled up with rows that count for nothing. The state of a loader is
+the number of the next document, the numbers of those that wait in the packing buffer, and the rows of the step so far:
+loaded again, the very same rows follow, at any world size.
 """
 
 import hashlib
@@ -54,12 +56,17 @@ class _Stream:
 class _Loader:
     """What both loaders share: packing state, the thread, and the way to the device."""
 
-    def __init__(self, runtime: Runtime, device_batch_size: int, row_tokens: int, state: dict | None, identity):
+    def __init__(self, runtime: Runtime, device_batch_size: int, row_tokens: int, rows_per_step: int | None,
+                 state: dict | None, identity):
         self.runtime, self.rows_per_rank, self.capacity = runtime, device_batch_size, row_tokens + 1
-        self.state = {"next": 0, "waiting": [], "identity": identity} if state is None else state
+        self.rows_per_step = rows_per_step or device_batch_size * runtime.world_size
+        self.state = {"next": 0, "waiting": [], "row": 0, "identity": identity} if state is None else state
         if self.state["identity"] != identity:
             raise UserError(f"the data is not what the checkpoint was trained on: it had {self.state['identity']}, "
                             f"now there is {identity}; bring the files back, or start without --resume")
+        self._begin()
+
+    def _begin(self) -> None:
         self._buffer = BestFitBuffer()
         self._stream: _Stream | None = None
         self._queue: queue.Queue = queue.Queue(PREFETCH)
@@ -80,8 +87,19 @@ class _Loader:
             if item is not None:
                 self._buffer.add(len(item), number, item)
 
-    def _snapshot(self) -> dict:
-        return {"next": self._stream.position, "waiting": self._buffer.arrivals(), "identity": self.state["identity"]}
+    def _snapshot(self, row: int) -> dict:
+        return {"next": self._stream.position, "waiting": self._buffer.arrivals(), "row": row,
+                "identity": self.state["identity"]}
+
+    def _micro_step(self, count: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Inputs and targets of this rank's share of the next `count` rows, and the supervised tokens of them all."""
+        rows = [self._row() for _ in range(count)]
+        supervised = sum(int((targets != IGNORE).sum()) for _, targets in rows)
+        first = self.runtime.rank * self.rows_per_rank
+        mine = rows[first:first + self.rows_per_rank]
+        empty = np.zeros_like(rows[0][0]), np.full_like(rows[0][1], IGNORE)
+        mine += [empty] * (self.rows_per_rank - len(mine))
+        return np.stack([r[0] for r in mine]), np.stack([r[1] for r in mine]), supervised
 
     def _produce(self) -> None:
         try:
@@ -89,12 +107,12 @@ class _Loader:
                 item = self._encode_range(number, 1)[0]
                 self._buffer.add(len(item), number, item)
             self._stream = _Stream(self._encode_range, self.state["next"])
+            row = self.state.get("row", 0)
             while not self._stopped.is_set():
-                rows = [self._row() for _ in range(self.runtime.world_size * self.rows_per_rank)]
-                supervised = sum(int((targets != IGNORE).sum()) for _, targets in rows)
-                first = self.runtime.rank * self.rows_per_rank
-                mine = rows[first:first + self.rows_per_rank]
-                self._put((np.stack([r[0] for r in mine]), np.stack([r[1] for r in mine]), supervised, self._snapshot()))
+                count = min(self.runtime.world_size * self.rows_per_rank, self.rows_per_step - row)
+                batch = self._micro_step(count)
+                row = (row + count) % self.rows_per_step
+                self._put((*batch, self._snapshot(row)))
         except BaseException as error:  # raised where the batches are used
             self._put(error)
         finally:
@@ -119,6 +137,13 @@ class _Loader:
         tokens, targets, supervised, self.state = item
         return self._to_device(tokens), self._to_device(targets), supervised
 
+    def next_step(self) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """The micro-batches up to the end of a step."""
+        batches = [self.next_batch()]
+        while self.state["row"]:
+            batches.append(self.next_batch())
+        return batches
+
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         """Compact over the bus, int64 on the device."""
         tensor = torch.from_numpy(array)
@@ -126,9 +151,20 @@ class _Loader:
             tensor = tensor.pin_memory().to(self.runtime.device, non_blocking=True)
         return tensor.to(self.runtime.device, torch.int64)
 
+    @property
+    def epoch(self) -> float:
+        """How often the data has been read."""
+        return self.state["next"] / self.num_items
+
     def state_dict(self) -> dict:
         """Where the batch that `next_batch` gave last has left the stream."""
         return self.state
+
+    def restart(self, state: dict, device_batch_size: int) -> None:
+        """Go back to `state`, with another number of rows at a time."""
+        self.close()
+        self.state, self.rows_per_rank = state, device_batch_size
+        self._begin()
 
     def close(self) -> None:
         self._stopped.set()
@@ -143,9 +179,10 @@ class PretrainLoader(_Loader):
     """
 
     def __init__(self, tokenizer: RustBPETokenizer, files, runtime: Runtime, device_batch_size: int, sequence_len: int,
-                 state: dict | None = None, threads: int | None = None):
+                 state: dict | None = None, rows_per_step: int | None = None, threads: int | None = None):
         self.tokenizer, self.reader = tokenizer, DocumentReader(tuple(files))
-        super().__init__(runtime, device_batch_size, sequence_len, state, self.reader.names)
+        self.num_items = self.reader.num_documents
+        super().__init__(runtime, device_batch_size, sequence_len, rows_per_step, state, self.reader.names)
         self._pool = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1))
 
     def _encode_range(self, first, count):
@@ -159,10 +196,6 @@ class PretrainLoader(_Loader):
             row = row.astype(np.int16 if self.tokenizer.get_vocab_size() <= 1 << 15 else np.int32)
         return row[:-1], row[1:]
 
-    @property
-    def epoch(self) -> float:
-        """How often the corpus has been read."""
-        return self.state["next"] / self.reader.num_documents
 
 
 def fixed_rows(tokenizer: RustBPETokenizer, files, sequence_len: int, num_rows: int) -> torch.Tensor:
@@ -209,10 +242,11 @@ class SFTLoader(_Loader):
     """
 
     def __init__(self, tokenizer: RustBPETokenizer, dataset, runtime: Runtime, device_batch_size: int,
-                 sequence_len: int, state: dict | None = None):
+                 sequence_len: int, state: dict | None = None, rows_per_step: int | None = None):
         self.tokenizer, self.dataset = tokenizer, dataset
+        self.num_items = len(dataset)
         self.truncated = self.dropped = self._useless_in_a_row = 0
-        super().__init__(runtime, device_batch_size, sequence_len, state, self._identity())
+        super().__init__(runtime, device_batch_size, sequence_len, rows_per_step, state, self._identity())
 
     def _encode_range(self, first, count):
         return [self.render(number % len(self.dataset)) for number in range(first, first + count)]

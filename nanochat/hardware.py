@@ -1,7 +1,9 @@
 """Peak bf16 FLOP/s and memory bandwidth by device name (vendor data sheets, dense), and a measured peak for CPUs."""
 
 import time
+from pathlib import Path
 
+import psutil
 import torch
 
 # name fragment (lower case, first match wins): bf16 FLOP/s, bytes/s
@@ -56,3 +58,21 @@ def peak_for(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     if peak is not None and device.type == "cuda":
         return peak, f"{name}, data sheet"
     return measured_flops(device, dtype, repeats=9, best=True), f"{name}, measured {str(dtype).removeprefix('torch.')} matrix product"
+
+
+def free_memory_bytes(device: torch.device, processes: int = 1) -> float:
+    """Memory that a new process may take: the GPU's, else a share of the host's, control group limits included."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return host_memory_bytes() / processes
+
+
+def host_memory_bytes() -> float:
+    """Host memory that is free, within the limit of the control group."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return float(min(free, limit - used))
+    except (OSError, ValueError):  # no such file, or "max"
+        return float(free)

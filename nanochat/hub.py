@@ -12,7 +12,9 @@ from filelock import FileLock
 
 from nanochat.common import UserError, print0
 
-TRIES = 6
+TRIES = 6  # without progress
+PROGRESS_BYTES = 1 << 20  # a try that brought so much is no failure
+SLOW_WINDOW_S, SLOW_BYTES_PER_S = 30.0, 1000  # a connection slower than that is given up and made anew
 TIMEOUT = httpx.Timeout(20.0, connect=10.0)
 RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
@@ -66,18 +68,24 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
         if path.exists():  # another rank fetched it meanwhile
             return path
         partial = path.with_name(path.name + ".partial")
-        for attempt in range(TRIES):
+        failures = 0
+        while True:
+            before = _size(partial)
             try:
                 _fetch(url, partial, sha256)
                 os.replace(partial, path)
                 return path
             except _Retry as reason:
-                if attempt == TRIES - 1:
+                failures = 1 if _size(partial) - before >= PROGRESS_BYTES else failures + 1
+                if failures == TRIES:
                     raise DownloadError(f"{url}: {reason} ({TRIES} tries); run the command again to go on") from None
-                wait = reason.wait_s if reason.wait_s is not None else min(30, 2**attempt) * (0.5 + random.random())
+                wait = reason.wait_s if reason.wait_s is not None else min(30, 2**failures / 2) * (0.5 + random.random())
                 print0(f"{path.name}: {reason}; again in {wait:.0f} s")
                 time.sleep(wait)
-    raise AssertionError("unreachable")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 class _Retry(Exception):
@@ -88,7 +96,7 @@ class _Retry(Exception):
 
 def _fetch(url: str, partial: Path, sha256: str | None) -> None:
     """One try: append what is missing to `partial`, then check it."""
-    have = partial.stat().st_size if partial.exists() else 0
+    have = _size(partial)
     headers = {"Range": f"bytes={have}-"} if have else {}
     token = os.environ.get("HF_TOKEN")
     if token and url.startswith(endpoint() + "/"):
@@ -104,8 +112,15 @@ def _fetch(url: str, partial: Path, sha256: str | None) -> None:
                 sha256 = sha256 or (etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None)
                 size = int(hop.headers["x-linked-size"]) if "x-linked-size" in hop.headers else size
             with open(partial, "ab" if resumed else "wb") as file:
-                for block in response.iter_bytes():
+                began, received = time.monotonic(), 0
+                for block in response.iter_raw():  # as they come: iter_bytes would wait for whole blocks
                     file.write(block)
+                    received += len(block)
+                    seconds = time.monotonic() - began
+                    if seconds > SLOW_WINDOW_S:
+                        if received < seconds * SLOW_BYTES_PER_S:
+                            raise _Retry(f"{received} bytes in {seconds:.0f} s")
+                        began, received = time.monotonic(), 0
                 file.flush()
                 os.fsync(file.fileno())
     except httpx.HTTPError as error:

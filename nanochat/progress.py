@@ -1,6 +1,7 @@
 """What a person sees of a training, and what is kept of it: step line, ETA, metrics.jsonl, wandb."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -58,6 +59,7 @@ class Progress:
         self.runtime.synchronize()
         seconds = time.perf_counter() - self._started
         self.trained_s += seconds
+        skipped = not math.isfinite(loss)
         self.losses.append(loss)
         if step - self.first_step >= self.WARM_STEPS or self.mean_s is None:
             warm = step - self.first_step > self.WARM_STEPS
@@ -65,12 +67,13 @@ class Progress:
         rate = tokens / self.mean_s
         mfu = rate * self.flops_per_token / self.peak_flops if self.peak_flops else None
         memory = self.runtime.peak_memory_bytes()
-        self.log(step, loss=loss, lr_multiplier=lr_multiplier, seconds=seconds, tokens_per_s=tokens / seconds, mfu=mfu,
+        self.log(step, loss=None if skipped else loss, skipped=1 if skipped else None, lr_multiplier=lr_multiplier, seconds=seconds, tokens_per_s=tokens / seconds, mfu=mfu,
                  memory_bytes=memory, **metrics)
         if step % self.print_every == 0 or step == self.num_iterations - 1:
             done = step + 1
             mfu_text = "" if mfu is None else f" | mfu {mfu:.0%}"
-            print0(f"step {done:,}/{self.num_iterations:,} {done / self.num_iterations:.0%} | loss {loss:.4f} | "
+            loss_text = "not finite, step skipped" if skipped else f"{loss:.4f}"
+            print0(f"step {done:,}/{self.num_iterations:,} {done / self.num_iterations:.0%} | loss {loss_text} | "
                    f"lr {lr_multiplier:.2f}x | {human(rate)} tok/s{mfu_text} | {memory / 2**30:.1f} GiB{extra} | "
                    f"eta {clock((self.num_iterations - done) * self.mean_s)}")
 
@@ -97,7 +100,7 @@ def _drop_from_step(path: Path, step: int) -> None:
     for line in path.read_text().splitlines():
         try:
             values = json.loads(line)
-            if values["step"] < step or (values["step"] == step and "loss" not in values):
+            if values["step"] < step or (values["step"] == step and not {"loss", "skipped"} & values.keys()):
                 kept.append(line + "\n")
         except (ValueError, KeyError):  # a line that a crash cut off
             continue

@@ -88,19 +88,16 @@ def plan(config: GPTConfig, *, num_iterations: int | None = None, target_flops: 
                         f"({flops * config.sequence_len:.3g})")
     batch = total_batch_size or 2 ** round(
         math.log2(REFERENCE_BATCH * (target_tokens / reference_tokens) ** BATCH_EXPONENT))
-    device_batch = device_batch_size or _default_device_batch(batch, config.sequence_len, world_size)
-    tokens_per_micro_step = device_batch * config.sequence_len * world_size
-    if batch % tokens_per_micro_step:
-        raise UserError(f"--total-batch-size={batch} tokens is no multiple of device batch {device_batch} rows x "
-                        f"{config.sequence_len} tokens x {world_size} ranks = {tokens_per_micro_step}; "
-                        f"try --total-batch-size={max(1, round(batch / tokens_per_micro_step)) * tokens_per_micro_step}"
-                        " or another --device-batch-size")
+    if batch % config.sequence_len:
+        raise UserError(f"--total-batch-size={batch} tokens is no multiple of the row length {config.sequence_len}; try "
+                        f"{max(1, round(batch / config.sequence_len)) * config.sequence_len}")
+    device_batch, grad_accum_steps = share_rows(batch // config.sequence_len, device_batch_size, world_size)
     batch_scale = (batch / REFERENCE_BATCH) ** 0.5
     return RunPlan(
         num_iterations=num_iterations or max(1, round(target_tokens / batch)),
         total_batch_size=batch,
         device_batch_size=device_batch,
-        grad_accum_steps=batch // tokens_per_micro_step,
+        grad_accum_steps=grad_accum_steps,
         target_tokens=target_tokens,
         lr_scale=batch_scale,
         weight_decay=weight_decay * batch_scale * reference_tokens / target_tokens,
@@ -108,7 +105,61 @@ def plan(config: GPTConfig, *, num_iterations: int | None = None, target_flops: 
     )
 
 
-def _default_device_batch(batch: int, sequence_len: int, world_size: int) -> int:
-    """The most rows up to 32 that divide the batch, at least 1."""
-    rows = max(1, batch // (sequence_len * world_size))
-    return next(n for n in range(min(MAX_DEVICE_BATCH, rows), 0, -1) if rows % n == 0)
+def share_rows(rows: int, device_batch_size: int | None, world_size: int) -> tuple[int, int]:
+    """Rows a device takes at a time, and micro-steps, for a step of `rows` rows over all ranks.
+
+    At most `device_batch_size` rows (32 when None), evenly shared; where they do not divide, the loader fills up the
+    last micro-step. UserError if `device_batch_size` does not divide the step even on one rank.
+    """
+    if device_batch_size is not None and rows % device_batch_size:
+        fitting = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= device_batch_size)
+        raise UserError(f"--device-batch-size={device_batch_size} does not divide the {rows} rows of a step (total batch "
+                        f"size / row length); try {fitting}, or another --total-batch-size")
+    micro_steps = -(-rows // (world_size * (device_batch_size or MAX_DEVICE_BATCH)))
+    return -(-rows // (world_size * micro_steps)), micro_steps
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+ACTIVATION_BYTES = {"cuda": 34, "cpu": 82}  # a token, layer and channel that backward keeps, compiled, in a 16-bit dtype
+PROCESS_BYTES = {"cuda": 1.5e9, "cpu": 0.9e9}  # CUDA context and libraries; Python, PyTorch, the compiler
+CPU_PIECE_TOKENS = 8192  # of a micro-batch that a CPU takes at once
+LOSS_CHUNK_TOKENS = 1024
+FITTING_SHARE = 0.85  # of the free memory, that a device batch may be estimated to take
+
+
+def training_memory(config: GPTConfig, rows: int, world_size: int = 1, device_type: str = "cuda",
+                    dtype_bytes: int = 2) -> dict[str, float]:
+    """Estimated bytes of a training process by purpose, and "total"; `rows` at a time on this device.
+
+    The activation figures are fitted: on CPU to measured peaks (dev/LOG.md), on CUDA to device batches known to fit.
+    """
+    kind = "cuda" if device_type == "cuda" else "cpu"
+    counts = count_parameters(config)
+    tables = counts["wte"] + counts["value_embeds"]
+    matrices = counts["blocks"] + counts["lm_head"]
+    weights = 4 * matrices + dtype_bytes * tables
+    tokens = rows * config.sequence_len
+    if kind == "cpu":
+        tokens = min(tokens, max(CPU_PIECE_TOKENS, config.sequence_len))
+    parts = {
+        "process": PROCESS_BYTES[kind],
+        "weights": float(weights + dtype_bytes * matrices),  # with the copies in the compute dtype
+        "gradients": float(weights),
+        "optimizer": (8 * (tables + counts["lm_head"]) + 4 * counts["blocks"]) / world_size,
+        "activations": ACTIVATION_BYTES[kind] / 2 * dtype_bytes * tokens * config.n_embd * config.n_layer,
+        "loss": float(min(tokens, LOSS_CHUNK_TOKENS) * config.padded_vocab_size * (dtype_bytes + 4)
+                      + 4 * counts["lm_head"]),
+    }
+    update = 3 * 4 * config.n_layer * 4 * config.n_embd**2  # Muon's stacks of the largest matrices, once backward is over
+    parts["activations"] = max(parts["activations"], update - parts["loss"])
+    return parts | {"total": sum(parts.values())}
+
+
+def fitting_rows(config: GPTConfig, rows_per_step: int, memory_bytes: float, world_size: int, device_type: str,
+                 dtype_bytes: int = 2) -> int:
+    """The most rows at a time (at most 32, a divisor of the step's) that are estimated to fit into `memory_bytes`."""
+    sizes = [n for n in range(1, MAX_DEVICE_BATCH + 1) if rows_per_step % n == 0]
+    fitting = [n for n in sizes if training_memory(config, n, world_size, device_type, dtype_bytes)["total"]
+               <= FITTING_SHARE * memory_bytes]
+    return max(fitting, default=1)

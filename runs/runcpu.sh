@@ -18,62 +18,26 @@ TAG="${TAG:-cpu}"
 BASE_STEPS="${BASE_STEPS:-400}"
 SFT_STEPS="${SFT_STEPS:-350}"
 WANDB_RUN="${WANDB_RUN:-dummy}"
-started=$SECONDS
-stages=()
-
-shown() { [ "$1" != kept ] || shift 2; echo "$*"; }
-
-stage() { # stage NAME COMMAND...: runs it, says how long it took; on failure says what to do
-    local name="$1" begun=$SECONDS status=0
-    shift
-    printf '\n=== %s\n    %s\n' "$name" "$(shown "$@")"
-    "$@" || status=$?
-    if [ "$status" -ne 0 ]; then
-        printf '\n!!! stage "%s" failed (exit code %d). The line above says why; bash runs/runcpu.sh goes on from here.\n' \
-            "$name" "$status" >&2
-        exit "$status"
-    fi
-    stages+=("$(printf '%-34s %4d s' "$name" $((SECONDS - begun)))")
-}
-
-once() { # once NAME NEWER_THAN COMMAND...: a stage whose output is kept and shown again while NEWER_THAN stays as it is
-    local name="$1" input="$2" record
-    record="$NANOCHAT_BASE_DIR/$TAG.${1//[^a-z]/_}.txt"
-    shift 2
-    if [ -s "$record" ] && [ "$record" -nt "$input" ]; then
-        printf '\n=== %s: done before\n' "$name"
-        cat "$record"
-        return
-    fi
-    stage "$name" kept "$record" "$@"
-}
-
-kept() { # kept FILE COMMAND...: runs it and keeps what it prints, if it succeeds
-    local record="$1"
-    shift
-    "$@" | tee "$record.tmp"
-    mv "$record.tmp" "$record"
-}
-
-newest() { ls -t "$NANOCHAT_BASE_DIR/$1/$TAG"/meta_*.json | head -n 1; }
+AGAIN="bash runs/runcpu.sh"
+# shellcheck disable=SC1091
+source runs/stages.sh
 
 setup() { bash runs/setup.sh; }
 
 stage "set-up" setup
 # shellcheck disable=SC1091
 source runs/setup.sh
-mkdir -p "$NANOCHAT_BASE_DIR"
 
 stage "corpus" python -m nanochat.dataset --auto -n 1
 stage "tokenizer" python -m scripts.tok_train --vocab-size 8192 --max-chars 20000000 --resume
 once "tokenizer, compared" "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" python -m scripts.tok_eval
-stage "pretraining" python -m scripts.base_train --resume --model-tag "$TAG" --run "$WANDB_RUN" \
+training "pretraining" python -m scripts.base_train --resume --model-tag "$TAG" --run "$WANDB_RUN" \
     --depth 4 --head-dim 64 --max-seq-len 512 --window-pattern L --device-batch-size 16 --total-batch-size 8192 \
     --num-iterations "$BASE_STEPS" --embedding-lr 0.6 --unembedding-lr 0.03 --matrix-lr 0.08 \
     --eval-every 100 --eval-tokens 100000 --sample-every -1 --save-every 50 --keep-last 1
 once "base evaluation" "$(newest base_checkpoints)" python -m scripts.base_eval --model-tag "$TAG" --split-tokens 100000 --device-batch-size 16
 once "conversations about itself" dev/self_knowledge.md python -m dev.gen_synthetic_data --count 5000
-stage "finetuning" python -m scripts.chat_sft --resume --model-tag "$TAG" --run "$WANDB_RUN" --num-iterations "$SFT_STEPS" \
+training "finetuning" python -m scripts.chat_sft --resume --model-tag "$TAG" --run "$WANDB_RUN" --num-iterations "$SFT_STEPS" \
     --builtin --identity-epochs 2 --spelling-rows 10000 --eval-every 100 --eval-rows 400 --save-every 50 --keep-last 1 \
     ${CONVERSATIONS:+--conversations "$CONVERSATIONS"}
 once "chat evaluation" "$(newest chatsft_checkpoints)" python -m scripts.chat_eval -i sft --model-tag "$TAG" -a SpellingBee,SimpleSpelling -m 128
@@ -84,8 +48,6 @@ for question in "Who are you?" "How many t are in butterfly?" "Why is the sky bl
     python -m scripts.chat_cli --model-tag "$TAG" -t 0 -p "$question"
 done
 
-printf '\n=== time\n'
-printf '%s\n' "${stages[@]}"
-printf '%-34s %4d s\n\n' "in all" $((SECONDS - started))
+table
 printf 'To go on talking:\n\n    source .venv/bin/activate && NANOCHAT_BASE_DIR=%s python -m scripts.chat_cli --model-tag %s\n\n' \
     "$NANOCHAT_BASE_DIR" "$TAG"

@@ -5,16 +5,14 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=24 --r
 """
 
 import contextlib
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 
-from nanochat import schedule
+from nanochat import ranks, schedule
 from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, check_tokenizer, config_from_meta,
-                                         config_to_meta, environment, find_step, find_steps, load_meta,
-                                         load_optimizer_states, load_tensors, set_aside, set_aside_after, source_dir)
-from nanochat.common import (DTYPES, Parser, StopRequest, UserError, add_runtime_flags,
-                             add_training_output_flags, compute_cleanup,
-                             compute_init, integer, number, print0, run_name, run_script)
+                                         config_to_meta, environment, find_resume_step, load_meta, load_optimizer_states,
+                                         load_tensors, source_dir)
+from nanochat.common import (DTYPES, Parser, UserError, add_runtime_flags, add_training_output_flags, batch_size,
+                             compute_cleanup, compute_init, integer, number, print0, run_name, run_script)
 from nanochat.dataloader import PretrainLoader, fixed_rows
 from nanochat.dataset import check_readable, find_corpus
 from nanochat.engine import Engine
@@ -23,25 +21,14 @@ from nanochat.gpt import build_model
 from nanochat.hardware import peak_for
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import build_optimizer
-from nanochat.progress import Progress, clock, human
+from nanochat.progress import Progress, human
 from nanochat.scaling import config_for_depth, count_parameters, plan
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train_step import (check_dtype, collect_garbage, get_rng_state, make_scaler, set_rng_state, set_schedules,
-                                 start_compile, train_step)
+from nanochat.train_step import (LoopState, StopRequest, check_dtype, collect_garbage, get_rng_state, make_scaler,
+                                 rows_that_fit, set_rng_state, set_schedules, start_compile, train_on_next)
 
 SAMPLE_PROMPTS = ("Paris is a city in", "Water freezes when", "The first three months are January,",
                   "She opened the door and", "Two plus three is", "This function returns")
-
-
-@dataclass
-class LoopState:
-    """What the loop knows; saved and restored whole."""
-
-    step: int = 0
-    val_bpb: float | None = None
-    best_val_bpb: float | None = None
-    evaluated_step: int | None = None  # the last step at which evaluation and samples, if due, were done
-    trained_s: float = 0.0
 
 
 def parse_args(argv):
@@ -60,9 +47,8 @@ def parse_args(argv):
     parser.add_argument("--target-flops", type=number(1, off=-1), default="-1", help="training FLOPs")
     parser.add_argument("--target-param-data-ratio", type=number(1e-3), default=12.0, help="tokens per parameter")
     # optimization
-    parser.add_argument("--device-batch-size", type=integer(1), default=None,
-                        help="rows a device takes at a time; lower it when memory runs out (32, or fewer if the batch is "
-                             "smaller)")
+    parser.add_argument("--device-batch-size", type=batch_size, default=None,
+                        help="rows a device takes at a time (32, or fewer if the batch is smaller); auto: by its free memory")
     parser.add_argument("--total-batch-size", type=integer(1, off=-1), default="-1", help="tokens a step; -1 by the plan")
     parser.add_argument("--embedding-lr", type=number(), default=0.3, help="at width 768 and batch 2^19")
     parser.add_argument("--unembedding-lr", type=number(), default=0.008, help="likewise")
@@ -108,17 +94,16 @@ def main(argv=None) -> dict:
     tokenizer = get_tokenizer()
     config = config_for_depth(args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio,
                               args.head_dim, args.window_pattern)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rows_at_a_time = None if args.device_batch_size == "auto" else args.device_batch_size
     run_plan = plan(config, num_iterations=args.num_iterations, target_flops=args.target_flops,
                     target_param_data_ratio=args.target_param_data_ratio, total_batch_size=args.total_batch_size,
-                    device_batch_size=args.device_batch_size, weight_decay=args.weight_decay, world_size=world_size,
-                    aspect_ratio=args.aspect_ratio, head_dim=args.head_dim)
+                    device_batch_size=rows_at_a_time, weight_decay=args.weight_decay,
+                    world_size=ranks.place()["world_size"], aspect_ratio=args.aspect_ratio, head_dim=args.head_dim)
     directory = source_dir("base") / (args.model_tag or f"d{args.depth}")
     meta = None
-    if args.resume == "latest" and not find_steps(directory):
-        print0(f"--resume: no checkpoint in {directory} yet, starting at step 0")
-    elif args.resume is not None:
-        meta = load_meta(directory, find_step(directory, None if args.resume == "latest" else args.resume))
+    step = find_resume_step(directory, args.resume)
+    if step is not None:
+        meta = load_meta(directory, step)
         check_tokenizer(tokenizer, meta)
         check_resume(meta, config, args, run_plan)
         if meta["step"] == run_plan.num_iterations:
@@ -134,10 +119,13 @@ def main(argv=None) -> dict:
     if args.fp8:
         check_fp8(runtime)
     check_dtype(meta, runtime)
+    if args.device_batch_size == "auto":
+        rows, micro_steps = rows_that_fit(config, run_plan.total_batch_size // args.max_seq_len, runtime)
+        run_plan = replace(run_plan, device_batch_size=rows, grad_accum_steps=micro_steps)
     peak, peak_source = peak_for(runtime.device, runtime.dtype)
     counts = count_parameters(config)
     print0(f"device: {peak_source}, {human(peak)}FLOP/s | world size {runtime.world_size} | "
-           f"{str(runtime.dtype).removeprefix('torch.')} ({runtime.dtype_reason})")
+           f"{runtime.dtype_name} ({runtime.dtype_reason})")
     print0(f"corpus: {corpus.name}, {len(corpus.train)} training files")
     print0(f"model: depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads of {config.head_dim}, context "
            f"{config.sequence_len}, windows {args.window_pattern}, vocabulary {config.vocab_size:,}; "
@@ -150,7 +138,7 @@ def main(argv=None) -> dict:
 
     # --- data ---
     loader = PretrainLoader(tokenizer, corpus.train, runtime, run_plan.device_batch_size, args.max_seq_len,
-                            meta and meta["loader"])
+                            meta and meta["loader"], run_plan.total_batch_size // args.max_seq_len)
     val_rows = fixed_rows(tokenizer, corpus.val, args.max_seq_len, max(1, args.eval_tokens // args.max_seq_len))
     token_bytes = tokenizer.token_bytes()
     print0(f"validation: {val_rows[:, 1:].numel():,} tokens of {len(corpus.val)} files")
@@ -175,31 +163,26 @@ def main(argv=None) -> dict:
         optimizer.load_state_dict([s["optimizer"] for s in states])
         set_rng_state(states[0]["rng"], scaler)
         del states
-        print0(f"resumed from {directory} at step {state.step}")
+        print0(f"resumed from {directory} at step {step}")
+
+    record = {"model_config": config_to_meta(config), "user_config": vars(args), "plan": asdict(run_plan),
+              "max_seq_len": args.max_seq_len, "dtype": runtime.dtype_name, "world_size": runtime.world_size,
+              "effective_lrs": {group["names"][0]: group["initial_lr"] for group in optimizer.param_groups},
+              "tokenizer_hash": tokenizer.content_hash(), "environment": environment()}
 
     # --- loop ---
-    if meta:
-        set_aside_after(directory, state.step, runtime)
-    else:
-        set_aside(directory, runtime)
     writer = CheckpointWriter(directory, runtime, args.keep_last)
+    writer.start(step)
     progress = Progress(runtime, directory, num_iterations=run_plan.num_iterations, first_step=state.step, run=args.run,
                         config=vars(args) | {"plan": asdict(run_plan)}, flops_per_token=run_plan.flops_per_token,
                         peak_flops=peak * runtime.world_size)
-    effective = {group["names"][0]: group["initial_lr"] for group in optimizer.param_groups}
-    results = {"directory": str(directory)}
-    started_s, saved_step = state.trained_s, state.step if meta else None
+    started_s = state.trained_s
 
     def save():
-        nonlocal saved_step
+        state.saved_step = state.step
         writer.save(state.step, model.state_dict(), {"optimizer": optimizer.state_dict(), "rng": get_rng_state(scaler)},
-                    {"step": state.step, "val_bpb": state.val_bpb, "model_config": config_to_meta(config),
-                     "dtype": str(runtime.dtype).removeprefix("torch."), "user_config": vars(args),
-                     "plan": asdict(run_plan), "effective_lrs": effective, "loop": asdict(state),
-                     "loader": loader.state_dict(), "tokenizer_hash": tokenizer.content_hash(),
-                     "world_size": runtime.world_size, "device_batch_size": run_plan.device_batch_size,
-                     "max_seq_len": args.max_seq_len, "environment": environment()})
-        saved_step = state.step
+                    record | {"step": state.step, "val_bpb": state.val_bpb, "loop": asdict(state),
+                              "loader": loader.state_dict(), "device_batch_size": loader.rows_per_rank})
 
     with StopRequest() as stop:
         while True:
@@ -207,22 +190,19 @@ def main(argv=None) -> dict:
             stopping = stop.agreed(runtime) and not last  # the last step is finished in any case
             looking = not stopping and state.evaluated_step != state.step
 
-            def due(every):
-                return last or (every is not None and state.step > 0 and state.step % every == 0)
-
-            if due(args.eval_every) and looking:
+            if looking and state.due(args.eval_every, last):
                 with plain_weights(model, args.fp8):
                     state.val_bpb = evaluate_bpb(model, val_rows[:, :-1], val_rows[:, 1:], token_bytes, runtime,
-                                                 run_plan.device_batch_size)
+                                                 loader.rows_per_rank)
                 state.best_val_bpb = min(state.val_bpb, state.best_val_bpb or state.val_bpb)
                 progress.log(state.step, val_bpb=state.val_bpb)
                 print0(f"step {state.step:,} | val_bpb {state.val_bpb:.4f}")
-            if due(args.sample_every) and looking and runtime.is_main:
+            if looking and runtime.is_main and state.due(args.sample_every, last):
                 with plain_weights(model, args.fp8):
-                    sample(model, tokenizer)
+                    print_samples(model, tokenizer)
             if looking:
                 state.evaluated_step = state.step
-            if (due(args.save_every) or stopping) and saved_step != state.step:
+            if (stopping or state.due(args.save_every, last)) and state.saved_step != state.step:
                 save()
             if last or stopping:
                 break
@@ -233,25 +213,21 @@ def main(argv=None) -> dict:
                           schedule.muon_momentum(state.step, run_plan.num_iterations, args.warmdown_ratio),
                           schedule.weight_decay(state.step, run_plan.num_iterations, run_plan.weight_decay))
             progress.begin_step()
-            batches = [loader.next_batch() for _ in range(run_plan.grad_accum_steps)]
-            loss = train_step(model, optimizer, batches, runtime, scaler)
-            progress.end_step(state.step, loss, lr, run_plan.total_batch_size, epoch=loader.epoch)
-            state.step += 1
+            loss, supervised = train_on_next(model, optimizer, loader, runtime, scaler, first=progress.steps_done == 0)
+            progress.end_step(state.step, loss, lr, run_plan.total_batch_size, epoch=loader.epoch,
+                              supervised_tokens=supervised)
             state.trained_s = started_s + progress.trained_s
+            state.count(loss, writer)
+            writer.check()
             collect_garbage(progress.steps_done)
 
     # --- finish ---
     loader.close()
-    writer.wait()
+    writer.close()
     progress.close()
-    if not last:
-        print0(f"stopped by {stop.name or 'another rank'} after step {state.step}: saved in {directory}; the same command "
-               "with --resume goes on")
-    else:
-        print0(f"done: {run_plan.num_iterations:,} steps in {clock(state.trained_s)} of training, val_bpb "
-               f"{state.val_bpb:.4f}, peak memory {runtime.peak_memory_bytes() / 2**30:.2f} GiB, in {directory}")
-    results |= {"step": state.step, "val_bpb": state.val_bpb, "losses": progress.losses, "finished": last,
-                "peak_memory_bytes": runtime.peak_memory_bytes()}
+    state.farewell(last, directory, runtime, stop.name)
+    results = {"step": state.step, "val_bpb": state.val_bpb, "losses": progress.losses, "finished": last,
+               "directory": str(directory), "peak_memory_bytes": runtime.peak_memory_bytes()}
     compute_cleanup()
     return results
 
@@ -263,7 +239,7 @@ def plain_weights(model, fp8: bool):
         yield
 
 
-def sample(model, tokenizer) -> None:
+def print_samples(model, tokenizer) -> None:
     """Print what the model makes of a few openings."""
     engine = Engine(model, tokenizer)
     for prompt in SAMPLE_PROMPTS:

@@ -5,24 +5,23 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --run=sft
 """
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
-from nanochat import hub, schedule
+from nanochat import hub, ranks, schedule
 from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, check_tokenizer, config_from_meta,
-                                         config_to_meta, environment, find_run, find_step, find_steps, load_meta,
-                                         load_optimizer_states, load_tensors, set_aside, set_aside_after, source_dir)
-from nanochat.common import (DTYPES, Parser, StopRequest, UserError, add_model_flags, add_runtime_flags,
-                             add_training_output_flags, compute_cleanup,
-                             compute_init, get_base_dir, integer, number, print0, run_script)
+                                         config_to_meta, environment, find_resume_step, find_run, find_step, load_meta,
+                                         load_optimizer_states, load_tensors, source_dir)
+from nanochat.common import (DTYPES, Parser, UserError, add_model_flags, add_runtime_flags, add_training_output_flags,
+                             batch_size, compute_cleanup, compute_init, get_base_dir, integer, number, print0, run_script)
 from nanochat.dataloader import SFTLoader, fixed_sft_rows
 from nanochat.hardware import peak_for
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import build_optimizer
-from nanochat.progress import Progress, clock
-from nanochat.scaling import RunPlan, flops_per_token
+from nanochat.progress import Progress
+from nanochat.scaling import RunPlan, flops_per_token, share_rows
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train_step import (check_dtype, collect_garbage, get_rng_state, make_scaler, set_rng_state, set_schedules,
-                                 start_compile, train_step)
+from nanochat.train_step import (LoopState, StopRequest, check_dtype, collect_garbage, get_rng_state, make_scaler,
+                                 rows_that_fit, set_rng_state, set_schedules, start_compile, train_on_next)
 from tasks.builtin import BuiltinChat, Identity
 from tasks.common import TaskMixture, hub_data_available
 from tasks.customjson import CustomJSON
@@ -36,16 +35,6 @@ WARMDOWN_RATIO = 0.5
 # what stands in for a data set that cannot be had: kind of built-in conversation, rows
 STAND_INS = {"SmolTalk": (("facts", 6000), ("small talk", 1500)), "GSM8K": (("arithmetic", 6000), ("word problems", 4000)),
              "MMLU": ()}
-
-
-@dataclass
-class LoopState:
-    """What the loop knows; saved and restored whole."""
-
-    step: int = 0
-    val_bpb: float | None = None
-    evaluated_step: int | None = None  # the last step at which evaluation, if due, was done
-    trained_s: float = 0.0
 
 
 def parse_args(argv):
@@ -68,8 +57,8 @@ def parse_args(argv):
     parser.add_argument("--num-iterations", type=integer(1, off=-1), default="-1",
                         help="optimizer steps; -1: once through the mixture")
     parser.add_argument("--max-seq-len", type=integer(2), default=None, help="row length (that of the base model)")
-    parser.add_argument("--device-batch-size", type=integer(1), default=None, help="rows a device takes at a time (that of "
-                        "the base model)")
+    parser.add_argument("--device-batch-size", type=batch_size, default=None,
+                        help="rows a device takes at a time (that of the base model); auto: by its free memory")
     parser.add_argument("--total-batch-size", type=integer(1, off=-1), default="-1",
                         help="tokens a step, padding included; -1: that of the base model")
     # learning rates: those of pretraining, times init-lr-frac
@@ -156,22 +145,21 @@ def main(argv=None) -> dict:
     sequence_len = args.max_seq_len or config.sequence_len
     if sequence_len > config.sequence_len:
         raise UserError(f"--max-seq-len={sequence_len}: the base model has a context of {config.sequence_len}")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     total_batch = args.total_batch_size or base_meta["plan"]["total_batch_size"]
-    device_batch = args.device_batch_size or min(base_meta["device_batch_size"], max(1, total_batch // sequence_len))
-    per_micro_step = device_batch * sequence_len * world_size
-    if total_batch % per_micro_step:
-        raise UserError(f"--total-batch-size={total_batch} tokens is no multiple of device batch {device_batch} rows x "
-                        f"{sequence_len} tokens x {world_size} ranks = {per_micro_step}; choose another "
-                        "--device-batch-size or --total-batch-size")
+    if total_batch % sequence_len:
+        raise UserError(f"--total-batch-size={total_batch} tokens is no multiple of the row length {sequence_len}")
+    rows_per_step = total_batch // sequence_len
+    wished = args.device_batch_size if args.device_batch_size not in (None, "auto") else next(n for n in range(min(base_meta["device_batch_size"], rows_per_step), 0, -1)
+                                            if rows_per_step % n == 0)
+    device_batch, micro_steps = share_rows(rows_per_step, wished, ranks.place()["world_size"])
     directory = source_dir("sft") / base_dir.name
+    base_id = [base_step, base_meta["environment"]["time"]]
     meta = None
-    if args.resume == "latest" and not find_steps(directory):
-        print0(f"--resume: no checkpoint in {directory} yet, starting at step 0")
-    elif args.resume is not None:
-        meta = load_meta(directory, find_step(directory, None if args.resume == "latest" else args.resume))
+    step = find_resume_step(directory, args.resume)
+    if step is not None:
+        meta = load_meta(directory, step)
         check_tokenizer(tokenizer, meta)
-        if config_from_meta(meta["model_config"]) != config or meta["base"] != [base_step, base_meta["environment"]["time"]]:
+        if config_from_meta(meta["model_config"]) != config or meta["base"] != base_id:
             raise UserError(f"--resume: {directory} was finetuned from another base model; leave out --resume (it is kept)")
         if meta["user_config"]["init_lr_frac"] != args.init_lr_frac:
             raise UserError(f"--resume needs the settings of the checkpoint: init-lr-frac "
@@ -180,10 +168,11 @@ def main(argv=None) -> dict:
 
     # --- runtime ---
     runtime = compute_init(args.device_type, DTYPES[(meta or base_meta)["dtype"]])
-    loader = SFTLoader(tokenizer, mixture, runtime, device_batch, sequence_len, meta and meta["loader"])
-    rows_per_step = total_batch // sequence_len
+    if args.device_batch_size == "auto":
+        device_batch, micro_steps = rows_that_fit(config, rows_per_step, runtime)
+    loader = SFTLoader(tokenizer, mixture, runtime, device_batch, sequence_len, meta and meta["loader"], rows_per_step)
     num_iterations = args.num_iterations or max(1, round(loader.count_rows() / rows_per_step))
-    run_plan = RunPlan(num_iterations, total_batch, device_batch, total_batch // per_micro_step,
+    run_plan = RunPlan(num_iterations, total_batch, device_batch, micro_steps,
                        float(num_iterations * total_batch), 1.0, 0.0, flops_per_token(replace(config, sequence_len=sequence_len)))
     if meta and asdict(run_plan) | {"grad_accum_steps": 0, "device_batch_size": 0} != \
             meta["plan"] | {"grad_accum_steps": 0, "device_batch_size": 0}:
@@ -195,7 +184,7 @@ def main(argv=None) -> dict:
     state = LoopState(**meta["loop"]) if meta else LoopState()
     check_dtype(meta, runtime)
     peak, peak_source = peak_for(runtime.device, runtime.dtype)
-    print0(f"device: {peak_source} | world size {runtime.world_size} | {meta_name(runtime.dtype)} "
+    print0(f"device: {peak_source} | world size {runtime.world_size} | {runtime.dtype_name} "
            f"({runtime.dtype_reason})")
     print0(f"plan: {num_iterations:,} steps of {rows_per_step} rows x {sequence_len} tokens; {device_batch} rows x "
            f"{run_plan.grad_accum_steps} micro-steps; from {base_dir.name} step {base_step}")
@@ -212,7 +201,7 @@ def main(argv=None) -> dict:
     scaler = make_scaler(runtime)
     if meta:
         set_rng_state(states[0]["rng"], scaler)
-        print0(f"resumed from {directory} at step {state.step}")
+        print0(f"resumed from {directory} at step {step}")
     del states
     for group in optimizer.param_groups:
         group["initial_lr"] = base_meta["effective_lrs"][group["names"][0]] * args.init_lr_frac
@@ -220,45 +209,41 @@ def main(argv=None) -> dict:
     val_inputs, val_targets = fixed_sft_rows(tokenizer, val_mixture, sequence_len)
     token_bytes = tokenizer.token_bytes()
 
+    record = {"model_config": config_to_meta(config), "user_config": vars(args), "plan": asdict(run_plan),
+              "max_seq_len": sequence_len, "dtype": runtime.dtype_name, "world_size": runtime.world_size,
+              "effective_lrs": {group["names"][0]: group["initial_lr"] for group in optimizer.param_groups},
+              "tokenizer_hash": tokenizer.content_hash(), "environment": environment(), "base": base_id}
+
     # --- loop ---
-    if meta:
-        set_aside_after(directory, state.step, runtime)
-    else:
-        set_aside(directory, runtime)
     writer = CheckpointWriter(directory, runtime, args.keep_last)
-    progress = Progress(runtime, directory, num_iterations=num_iterations, first_step=state.step, run=args.run,
+    writer.start(step)
+    progress = Progress(runtime, directory, num_iterations=run_plan.num_iterations, first_step=state.step, run=args.run,
                         config=vars(args) | {"plan": asdict(run_plan)}, flops_per_token=run_plan.flops_per_token,
                         peak_flops=peak * runtime.world_size)
-    started_s, saved_step = state.trained_s, state.step if meta else None
+    started_s = state.trained_s
 
     def save():
-        nonlocal saved_step
+        state.saved_step = state.step
         writer.save(state.step, model.state_dict(), {"optimizer": optimizer.state_dict(), "rng": get_rng_state(scaler)},
-                    {"step": state.step, "val_bpb": state.val_bpb, "model_config": config_to_meta(config),
-                     "dtype": meta_name(runtime.dtype), "user_config": vars(args), "plan": asdict(run_plan),
-                     "effective_lrs": {g["names"][0]: g["initial_lr"] for g in optimizer.param_groups},
-                     "loop": asdict(state), "loader": loader.state_dict(), "tokenizer_hash": tokenizer.content_hash(),
-                     "base": [base_step, base_meta["environment"]["time"]], "world_size": runtime.world_size, "device_batch_size": device_batch,
-                     "max_seq_len": sequence_len, "environment": environment()})
-        saved_step = state.step
+                    record | {"step": state.step, "val_bpb": state.val_bpb, "loop": asdict(state),
+                              "loader": loader.state_dict(), "device_batch_size": loader.rows_per_rank})
 
     with StopRequest() as stop:
         while True:
-            last = state.step == num_iterations
+            last = state.step == run_plan.num_iterations
             stopping = stop.agreed(runtime) and not last  # the last step is finished in any case
             looking = not stopping and state.evaluated_step != state.step
 
-            def due(every):
-                return last or (every is not None and state.step > 0 and state.step % every == 0)
-
-            if due(args.eval_every) and looking:
+            if looking and state.due(args.eval_every, last):
                 with model.weights_cast_once():
-                    state.val_bpb = evaluate_bpb(model, val_inputs, val_targets, token_bytes, runtime, device_batch)
+                    state.val_bpb = evaluate_bpb(model, val_inputs, val_targets, token_bytes, runtime,
+                                                 loader.rows_per_rank)
+                state.best_val_bpb = min(state.val_bpb, state.best_val_bpb or state.val_bpb)
                 progress.log(state.step, val_bpb=state.val_bpb)
                 print0(f"step {state.step:,} | val_bpb {state.val_bpb:.4f} (of what the assistant says)")
             if looking:
                 state.evaluated_step = state.step
-            if (due(args.save_every) or stopping) and saved_step != state.step:
+            if (stopping or state.due(args.save_every, last)) and state.saved_step != state.step:
                 save()
             if last or stopping:
                 break
@@ -266,35 +251,26 @@ def main(argv=None) -> dict:
             lr = schedule.lr_multiplier(state.step, num_iterations, 0, WARMDOWN_RATIO, 0.0)
             set_schedules(optimizer, lr, MUON_MOMENTUM)
             progress.begin_step()
-            batches = [loader.next_batch() for _ in range(run_plan.grad_accum_steps)]
-            loss = train_step(model, optimizer, batches, runtime, scaler)
-            supervised = sum(tokens for _, _, tokens in batches)
-            progress.end_step(state.step, loss, lr, total_batch, supervised_tokens=supervised)
-            state.step += 1
+            loss, supervised = train_on_next(model, optimizer, loader, runtime, scaler, first=progress.steps_done == 0)
+            progress.end_step(state.step, loss, lr, run_plan.total_batch_size, epoch=loader.epoch,
+                              supervised_tokens=supervised)
             state.trained_s = started_s + progress.trained_s
+            state.count(loss, writer)
+            writer.check()
             collect_garbage(progress.steps_done)
 
     # --- finish ---
     loader.close()
-    writer.wait()
+    writer.close()
     progress.close()
+    state.farewell(last, directory, runtime, stop.name)
     if loader.truncated or loader.dropped:
         print0(f"conversations longer than a row: {loader.truncated} cut, {loader.dropped} of them left out (no answer in "
                "reach)")
-    if last:
-        print0(f"done: {num_iterations:,} steps in {clock(state.trained_s)} of training, val_bpb {state.val_bpb:.4f}, peak "
-               f"memory {runtime.peak_memory_bytes() / 2**30:.2f} GiB, in {directory}")
-    else:
-        print0(f"stopped by {stop.name or 'another rank'} after step {state.step}: saved in {directory}; the same command "
-               "with --resume goes on")
     results = {"step": state.step, "val_bpb": state.val_bpb, "losses": progress.losses, "finished": last,
-               "directory": str(directory)}
+               "directory": str(directory), "peak_memory_bytes": runtime.peak_memory_bytes()}
     compute_cleanup()
     return results
-
-
-def meta_name(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

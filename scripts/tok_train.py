@@ -29,15 +29,18 @@ def main(argv=None) -> dict:
     parser.add_argument("--max-chars", type=integer(1), default=2_000_000_000, help="characters to train on")
     parser.add_argument("--doc-cap", type=integer(1), default=10_000, help="characters used of one document")
     parser.add_argument("--vocab-size", type=integer(265), default=32768, help="tokens, the 9 specials included")
+    parser.add_argument("--first-files", type=integer(1, off=-1), default="-1",
+                        help="train on the first so many files of the corpus, the others may still be on their way; -1 all")
     parser.add_argument("--data-dir", default=None, help="folder of parquet, jsonl or txt files in place of the corpus")
     parser.add_argument("--resume", action="store_true",
                         help="keep a tokenizer that was trained with the same settings on the same files")
     args = parser.parse_args(argv)
 
     corpus = find_corpus(args.data_dir)
+    files = corpus.train[:args.first_files]
     directory = get_base_dir() / "tokenizer"
     settings = {"max_chars": args.max_chars, "doc_cap": args.doc_cap, "vocab_size": args.vocab_size,
-                "files": DocumentReader(corpus.train).names}
+                "files": DocumentReader(files).names}
     record = directory / "settings.json"
     if args.resume and read_json(record) == settings:
         tokenizer = RustBPETokenizer.from_directory(directory)
@@ -46,7 +49,7 @@ def main(argv=None) -> dict:
 
     print0(f"training a tokenizer of {args.vocab_size:,} tokens on {corpus.name}")
     start = time.perf_counter()
-    tokenizer = RustBPETokenizer.train_from_iterator(documents(corpus.train, args.max_chars, args.doc_cap),
+    tokenizer = RustBPETokenizer.train_from_iterator(documents(files, args.max_chars, args.doc_cap),
                                                      args.vocab_size)
     seconds = time.perf_counter() - start
     record.unlink(missing_ok=True)  # never beside a tokenizer of other settings

@@ -16,6 +16,13 @@ EVAL_TASKS = {
     "SimpleSpelling": lambda: SimpleSpelling(256, "test"),
 }
 NEEDS_HUB = {"ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K"}
+HUB_SPLITS = (  # repository, subset, split: all that trainings and evaluations read
+    ("HuggingFaceTB/smol-smoltalk", "default", "train"), ("HuggingFaceTB/smol-smoltalk", "default", "test"),
+    ("cais/mmlu", "all", "auxiliary_train"), ("cais/mmlu", "all", "test"),
+    ("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test"),
+    ("allenai/ai2_arc", "ARC-Easy", "test"), ("allenai/ai2_arc", "ARC-Challenge", "test"),
+    ("openai/openai_humaneval", "openai_humaneval", "test"),
+)
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "SpellingBee")  # what the mean is taken over
 
 

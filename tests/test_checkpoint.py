@@ -102,11 +102,11 @@ def test_clear_errors(base_dir, cpu, tokenizer):
 def test_going_on_from_an_earlier_step_keeps_the_later_ones_aside(tmp_path, cpu):
     run = tmp_path / "d1"
     save(run, [1, 2, 3], cpu)
-    cm.set_aside_after(run, 1, cpu)
+    cm.set_aside_after(run, 1)
     assert cm.find_steps(run) == [1] and cm.find_steps(tmp_path / "d1.previous1") == [2, 3]
     save(run, [2], cpu, keep_last=1)
     assert cm.find_steps(run) == [2]
-    cm.set_aside(run, cpu)
+    cm.set_aside(run)
     assert cm.find_steps(tmp_path / "d1.previous2") == [2] and cm.find_steps(tmp_path / "d1.previous1") == [2, 3]
 
 

@@ -1,118 +1,23 @@
 """Downloads from a local server that speaks the hub's protocol and misbehaves on request."""
 
-import hashlib
 import io
 import json
 import os
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 from pathlib import Path
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dev.fake_hub import COMMIT, Hub
 from nanochat import hub
 from nanochat.common import UserError
 from nanochat.dataset import CLIMBMIX_REPO, main as dataset_main, write_parquet
 
-COMMIT = "a" * 40
 CONTENT = bytes(range(256)) * 2000
-
-
-class Hub:
-    """Files by path; `faults` are carried out one request at a time, then it behaves."""
-
-    def __init__(self):
-        self.files, self.faults, self.requests, self.dataset = {}, [], [], {}
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_HEAD(self):
-                if self.path.startswith("/datasets/"):
-                    return self.hub_file(head=True)
-                self.send_response(200)
-                self.end_headers()
-
-            def hub_file(self, head=False):
-                """A file of the small data set below, as the hub serves it; 404 in the hub's words for another."""
-                name = unquote(self.path.split(f"/resolve/{COMMIT}/")[-1])
-                content = outer.dataset.get(name)
-                self.send_response(404 if content is None else 200)
-                if content is None:
-                    self.send_header("X-Error-Code", "EntryNotFound")
-                else:
-                    self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-                    self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("Content-Length", str(len(content or b"")))
-                self.end_headers()
-                if content and not head:
-                    self.wfile.write(content)
-
-            def hub_api(self):
-                """What the hub says of the data set: its commit and files, or a folder's entries."""
-                if "/tree/" in self.path:
-                    folder = unquote(self.path.split("?")[0].split(f"/tree/{COMMIT}")[-1]).strip("/")
-                    answer = [{"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
-                              for name, content in outer.dataset.items() if name.startswith(folder + "/" if folder else "")]
-                else:
-                    answer = {"id": "openai/gsm8k", "sha": COMMIT, "private": False, "gated": False, "disabled": False,
-                              "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": n} for n in outer.dataset]}
-                body = json.dumps(answer).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def do_GET(self):
-                outer.requests.append((self.path, dict(self.headers)))
-                if self.path.startswith("/api/datasets/"):
-                    return self.hub_api()
-                if self.path.startswith("/datasets/openai/"):
-                    return self.hub_file()
-                fault = outer.faults.pop(0) if outer.faults else None
-                content = outer.files.get(self.path.split("?")[0])
-                if isinstance(fault, int):
-                    self.send_response(fault)
-                    self.send_header("Retry-After", "0")
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                if content is None:
-                    self.send_error(404)
-                    return
-                if "redirected" not in self.path:  # the hub redirects to its storage, hash and size on the first hop
-                    self.send_response(302)
-                    self.send_header("Location", self.path + "?redirected")
-                    self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
-                    self.send_header("X-Linked-Size", str(len(content)))
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-                body = content[start:]
-                self.send_response(206 if start else 200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if fault == "drop":
-                    self.wfile.write(body[:len(body) // 2])
-                    self.close_connection = True
-                elif fault == "wrong":
-                    self.wfile.write(b"x" * len(body))
-                else:
-                    self.wfile.write(body)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
 
 
 @pytest.fixture
@@ -153,6 +58,21 @@ def test_download_gives_up_with_one_line_and_no_bad_file(server, tmp_path):
     with pytest.raises(hub.DownloadError, match="wrong content"):
         hub.download(server.url + "/file.bin", tmp_path / "d", sha256="0" * 64)
     assert not any((tmp_path / name).exists() for name in "abcd")
+
+
+def test_a_drip_is_broken_off_and_resumed(server, tmp_path, monkeypatch):
+    """A server that sends a byte now and then would take days: the connection is given up and made anew."""
+    monkeypatch.setattr(hub, "SLOW_WINDOW_S", 0.3)
+    server.faults = [None, "drip"]
+    assert hub.download(server.url + "/file.bin", tmp_path / "a").read_bytes() == CONTENT
+    assert any("Range" in headers for _, headers in server.requests)
+
+
+def test_progress_is_not_given_up(server, tmp_path, monkeypatch):
+    """More broken connections than tries: each brought something, so the download goes on to its end."""
+    monkeypatch.setattr(hub, "PROGRESS_BYTES", 1000)
+    server.faults = [None, "drop"] * 8
+    assert hub.download(server.url + "/file.bin", tmp_path / "a").read_bytes() == CONTENT
 
 
 def test_interrupted_download_goes_on(server, tmp_path):

@@ -9,11 +9,11 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 LEVELS = {
-    0: "common hardware schedule packing calculator flash_attention loss optim synthetic",
+    0: "ranks common hardware schedule packing calculator flash_attention loss optim synthetic",
     1: "hub progress tokenizer gpt",
     2: "fp8 scaling dataset train_step",
     3: "checkpoint_manager dataloader engine",
-    4: "loss_eval chat_eval",
+    4: "loss_eval core_eval chat_eval",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 

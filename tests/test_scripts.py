@@ -78,9 +78,9 @@ def test_a_fresh_run_keeps_the_earlier_one(trained, capsys):
     (["--depth=0"], "depth"), (["--depth=-1"], "depth"), (["--num-iterations=0"], "num-iterations"),
     (["--max-seq-len=1"], "max-seq-len"), (["--window-pattern=XYZ"], "window pattern"), (["--head-dim=63"], "head dim 63"),
     (["--matrix-lr=-0.1"], "matrix-lr"), (["--embedding-lr=nan"], "embedding-lr"), (["--scalar-lr=inf"], "scalar-lr"),
-    (["--device-type=gpu"], "device-type"), (["--device-batch-size=3"], "no multiple"), (["--device-batch-size=0"], "batch"),
+    (["--device-type=gpu"], "device-type"), (["--device-batch-size=3"], "does not divide"), (["--device-batch-size=0"], "batch"),
     (["--total-batch-size=1000"], "no multiple"), (["--data-dir=/nowhere"], "does not exist"), (["--depht=3"], "depht"),
-    (["--warmdown-ratio=1.5"], "warmdown"), (["--resume=7", "--model-tag=none"], "no complete checkpoint"),
+    (["--warmdown-ratio=1.5"], "warmdown"), (["--resume=7", "--model-tag=none"], "there are: none"),
     (["--resume", "--max-seq-len=64"], "sequence_len"), (["--resume", "--depth=3", "--model-tag=d2"], "n_layer"),
     (["--resume", "--num-iterations=9"], "num-iterations"), (["--resume", "--matrix-lr=0.5"], "matrix-lr")])
 def test_base_train_refuses(trained, monkeypatch, flags, match):
