@@ -388,5 +388,5 @@ def load_model(source: str, device: torch.device, phase: str, model_tag: str | N
     dtype = dtype or DTYPES[meta.get("dtype", "float32")]
     model = build_from_state(config_from_meta(meta["model_config"]), state, device, dtype)
     if model_tag is None:  # the choice was made here: say which
-        print(f"model: {directory.name} step {meta['step']} ({source})", file=sys.stderr)
+        print0(f"model: {directory.name} step {meta['step']} ({source})", file=sys.stderr)
     return (model.train() if phase == "train" else model.for_inference()), tokenizer, meta

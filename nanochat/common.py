@@ -164,6 +164,7 @@ def run_script(main) -> None:
         sys.exit(2)
     try:
         main()
+        ranks.leave()
     except UserError as error:
         _fail(str(error), 2)
     except BrokenPipeError:  # the reader of our output has left

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from nanochat import hub, synthetic
 from nanochat.common import (Parser, UserError, announced, get_base_dir, integer, print0, read_json, read_jsonl,
@@ -129,9 +130,11 @@ def _as_parquet(files: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
         status = file.stat()
         key = hashlib.sha256(f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()[:16]
         target = cache / f"{file.stem}-{key}.parquet"
-        if not target.exists():
-            print0(f"converting {file} to parquet")
-            write_parquet(target, _read_jsonl(file) if file.suffix == ".jsonl" else _read_txt(file))
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):  # once per machine, however many ranks ask
+            if not target.exists():
+                print0(f"converting {file} to parquet")
+                write_parquet(target, _read_jsonl(file) if file.suffix == ".jsonl" else _read_txt(file))
         converted.append(target)
     return tuple(converted)
 
@@ -329,11 +332,12 @@ def harvest_words(documents: list[str]) -> list[str]:
 def builtin_words() -> list[str]:
     """The words of the built-in corpus; harvested on their own where that corpus is not in use."""
     path = builtin_dir() / "words.txt"
-    if not path.exists():
-        with announced("word list: harvesting words from this Python installation"):
-            words = harvest_words(harvest_prose())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(words) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(get_base_dir() / "words.lock"):
+        if not path.exists():
+            with announced("word list: harvesting words from this Python installation"):
+                words = harvest_words(harvest_prose())
+            path.write_text("\n".join(words) + "\n")
     return path.read_text().split()
 
 

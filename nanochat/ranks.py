@@ -82,10 +82,11 @@ def gather(value: str) -> list[str]:
 
 def leave() -> None:
     """Wait for the others, then stop watching them: the end of a program that went well."""
-    if dist.is_initialized():
-        dist.barrier()
+    if _store is not None and not _leaving.is_set():
+        gather("done")
         _leaving.set()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def publish_failure(reason: str) -> str | None:

@@ -60,12 +60,9 @@ mkdir -p "$NANOCHAT_BASE_DIR"
 # shellcheck disable=SC1091
 source runs/stages.sh
 
-launch=(python -m)
-if [ "$NPROC_PER_NODE" -gt 1 ]; then
-    launch=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m)
-    if [ "$gpus" -eq 0 ]; then
-        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + NPROC_PER_NODE - 1) / NPROC_PER_NODE ))}"
-    fi
+launch=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m)
+if [ "$gpus" -eq 0 ]; then
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + NPROC_PER_NODE - 1) / NPROC_PER_NODE ))}"
 fi
 
 corpus() { # corpus SHARDS: what the rehearsal cannot download, the built-in corpus replaces; a real run stops
@@ -99,12 +96,12 @@ download=$!
 stage "tokenizer" python -m scripts.tok_train --resume --first-files "$FIRST_SHARDS" "${tokenizer[@]}"
 once "tokenizer, compared" "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" python -m scripts.tok_eval
 stage "all shards" rest_of_corpus
-training "pretraining" "${launch[@]}" scripts.base_train --depth="$DEPTH" --model-tag="$TAG" --run="$WANDB_RUN" --resume --keep-last=2 \
+training "pretraining" "${launch[@]}" scripts.base_train -- --depth="$DEPTH" --model-tag="$TAG" --run="$WANDB_RUN" --resume --keep-last=2 \
     $([ "$FP8" = 1 ] && echo --fp8) "${shape[@]}"
-once "base evaluation" "$(newest base_checkpoints)" "${launch[@]}" scripts.base_eval --model-tag="$TAG" "${base_eval[@]}"
+once "base evaluation" "$(newest base_checkpoints)" "${launch[@]}" scripts.base_eval -- --model-tag="$TAG" "${base_eval[@]}"
 once "conversations about itself" dev/self_knowledge.md python -m dev.gen_synthetic_data --count "$identities"
-training "finetuning" "${launch[@]}" scripts.chat_sft --model-tag="$TAG" --run="$WANDB_RUN" --resume --keep-last=2 "${sft[@]}"
-once "chat evaluation" "$(newest chatsft_checkpoints)" "${launch[@]}" scripts.chat_eval -i sft --model-tag="$TAG" "${chat_eval[@]}"
+training "finetuning" "${launch[@]}" scripts.chat_sft -- --model-tag="$TAG" --run="$WANDB_RUN" --resume --keep-last=2 "${sft[@]}"
+once "chat evaluation" "$(newest chatsft_checkpoints)" "${launch[@]}" scripts.chat_eval -- -i sft --model-tag="$TAG" "${chat_eval[@]}"
 stage "a question" python -m scripts.chat_cli --model-tag "$TAG" -t 0 -m 64 -p "Why is the sky blue?"
 
 table

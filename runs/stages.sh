@@ -18,7 +18,7 @@ fail() { # fail NAME CODE LOG COMMAND...: the last lines of a script that stops
         printf '\n!!! stage "%s" failed (exit code %d)\n' "$name" "$code"
         printf '    why:        %s\n' "$(grep -E 'error:|Error|FAIL' "$log" | grep -v '^Traceback' | head -n 1 || true)"
         printf '    log:        %s\n' "$log"
-        printf '    this stage: NANOCHAT_BASE_DIR=%s %s\n' "$NANOCHAT_BASE_DIR" "$*"
+        printf '    this stage: NANOCHAT_BASE_DIR=%s %s\n' "$NANOCHAT_BASE_DIR" "$(printf '%q ' "$@")"
         printf '    to go on:   %s\n' "$AGAIN"
     } >&2
     exit "$code"
