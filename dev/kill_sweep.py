@@ -50,14 +50,21 @@ def kill_tree(process: subprocess.Popen) -> None:
 
 def wait_for_moment(kind: str, base: Path, process, rng) -> str:
     """Return when it is time to kill -> the moment that came, or "ended"; one that does not come
-    within 20 s is random."""
+    within 30 s is random."""
     pattern = {"saving": "*_checkpoints/*/*.tmp", "downloading": "*/*.partial"}.get(kind)
-    deadline = time.monotonic() + (rng.uniform(1, 25) if pattern is None else 20)
+    began, deadline = time.time(), time.monotonic() + (rng.uniform(1, 25) if pattern is None else 30)
     while process.poll() is None and time.monotonic() < deadline:
-        if pattern and list(base.glob(pattern)) and rng.random() < 0.5:
+        if pattern and any(_modified(path) > began for path in base.glob(pattern)) and rng.random() < 0.2:
             return kind
         time.sleep(0.002)
     return "ended" if process.poll() is not None else "random"
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # renamed meanwhile
+        return 0.0
 
 
 def check_checkpoints(base: Path) -> tuple[int, int]:

@@ -1,4 +1,5 @@
-"""Two machines, with disks of their own, train as one with two processes; one is killed, the other ends, both resume.
+"""Two machines, with disks of their own, train as one with two processes; one is killed, the other ends, both resume;
+then they finetune and evaluate together.
 
 The machines are network namespaces joined by a virtual cable where the kernel allows that (Linux, root), else two
 torchruns on the loopback device.
@@ -115,9 +116,20 @@ def main(argv=None) -> dict:
             losses = tiny.losses(bases[0], "base") == tiny.losses(folder / "single", "base")
             print(f"resumed and finished: losses {'equal' if losses else 'DIFFER FROM'}, weights and both ranks' optimizer "
                   f"state {'equal' if same and complete else 'DIFFER FROM'} those of one machine with two processes")
+            finetuning = [*tiny.SFT, "--num-iterations=10"]
+            tiny.run(finetuning, tiny.environment(folder / "single", data), 2)
+            outputs = [process.communicate()[0] for process in both(finetuning, 2)]
+            sft = tiny.losses(bases[0], "sft") == tiny.losses(folder / "single", "sft")
+            print(f"finetuning on both, 10 steps: losses {'equal' if sft else 'DIFFER FROM'} those of one machine")
+            evaluation = ["scripts.base_eval", "--eval=bpb", "--split-tokens=4000", "--device-batch-size=4"]
+            expected = tiny.run(evaluation, tiny.environment(folder / "single", data)).splitlines()
+            outputs = [process.communicate()[0] for process in both(evaluation, 3)]
+            bpb = [line for line in expected if " bpb: " in line]
+            evaluated = all(line in outputs[0] for line in bpb)
+            print(f"evaluation on both: {bpb[-1] if evaluated else outputs[0][-1000:]}, as on one machine")
             files = [sorted(p.name for p in (base / tiny.SOURCES["base"]).glob(f"*_{args.steps:06d}*")) for base in bases]
             print(f"files of the last step: host 0 {files[0]}, host 1 {files[1]}")
-            if not (same and complete and losses):
+            if not (same and complete and losses and sft and evaluated):
                 sys.exit(1)
     finally:
         if namespaces:
