@@ -114,5 +114,6 @@ class Hub:
                         threading.Event().wait(min(1.0, 8192 / bytes_per_s))
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.handle_error = lambda *request: None  # clients are killed in the middle: no tracebacks
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
