@@ -79,7 +79,7 @@ look_over() {
 }
 
 rest_of_corpus() { # the download that ran beside the tokenizer, and what it left undone
-    wait "$download" || true
+    while kill -0 "$download" 2> /dev/null; do sleep 1; done  # wait is of no use here: stages run in a subshell
     cat "$logs/download.log"
     corpus "$NUM_SHARDS"
 }
@@ -93,6 +93,7 @@ stage "preflight" look_over
 stage "first shards" corpus "$FIRST_SHARDS"
 corpus "$NUM_SHARDS" > "$logs/download.log" 2>&1 &
 download=$!
+trap 'kill "$download" 2> /dev/null || true' EXIT
 stage "tokenizer" python -m scripts.tok_train --resume --first-files "$FIRST_SHARDS" "${tokenizer[@]}"
 once "tokenizer, compared" "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" python -m scripts.tok_eval
 stage "all shards" rest_of_corpus
