@@ -1,122 +1,75 @@
-"""Generation: the KV cache, sampling, and the tool state machine.
+"""Generation: many sequences at once over a fixed number of cache slots, with tools, stop strings and prefix reuse.
 
-B rows of a batch, T new positions, S cache positions, Hkv key/value heads, D head dim, L layers, V vocabulary.
+B rows of one pass, T new positions, V vocabulary.
 """
 
+import bisect
 import random
 from collections import deque
 from dataclasses import dataclass, field
 
 import torch
 
+from nanochat.answer import AnswerStream, TextStream, join_pieces  # noqa: F401  users look for them here
 from nanochat.calculator import calculate
-from nanochat.flash_attention import flash_attn
+from nanochat.decode_graph import DecodeGraphs
+from nanochat.hardware import free_memory_bytes
+from nanochat.kv_cache import KVCache
+from nanochat.sampling import sample_tokens
+
+CHUNK_TOKENS = {"cuda": 2048, "cpu": 128}  # prompt tokens of one step, so that long prompts do not stall the others
+MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}  # of what is free, for the cache
+MIN_ANSWER_TOKENS = 32  # room that a conversation leaves for the answer
+WORTH_SHARING_TOKENS = 16  # a common beginning at least so long decides which slot a prompt goes to
 
 
-class KVCache:
-    """Keys and values of every layer, with a length for each row; and each row's last embedding, for the smear."""
+@dataclass(frozen=True)
+class Request:
+    """What to generate; `stop` strings end the text and are left out of it, `text` asks for text beside tokens."""
 
-    def __init__(self, batch_size: int, num_heads: int, seq_len: int, head_dim: int, num_layers: int, device, dtype):
-        shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
-        self.k_cache, self.v_cache = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self.longest = 0  # the greatest length, known on the host
-        self.last_embedding: torch.Tensor | None = None  # (B, C)
-
-    @classmethod
-    def for_model(cls, model, batch_size: int, seq_len: int) -> "KVCache":
-        config = model.config
-        return cls(batch_size, config.n_kv_head, seq_len, config.head_dim, config.n_layer, model.device, model.dtype)
-
-    # --- used by the model ---
-
-    def positions(self, T: int) -> torch.Tensor:
-        """Positions (B, T) of the next T tokens of every row."""
-        return self.lengths[:, None].long() + torch.arange(T, device=self.lengths.device)
-
-    def shift_embeddings(self, x: torch.Tensor) -> torch.Tensor:
-        """Each position's predecessor of x (B, T, C); zero before the first."""
-        first = torch.zeros_like(x[:, 0]) if self.last_embedding is None else self.last_embedding
-        self.last_embedding = x[:, -1].clone()
-        return torch.cat((first[:, None], x[:, :-1]), dim=1)
-
-    def layer(self, index: int) -> "_LayerCache":
-        return _LayerCache(self, index)
-
-    def advance(self, T: int) -> None:
-        self.lengths += T
-        self.longest += T
-
-    # --- rows ---
-
-    def set_row(self, row: int, source: "KVCache") -> None:
-        """Copy a cache of one row into row `row`."""
-        n = source.longest
-        self.k_cache[:, row, :n], self.v_cache[:, row, :n] = source.k_cache[:, 0, :n], source.v_cache[:, 0, :n]
-        self.lengths[row] = n
-        self.longest = max(self.longest, n)
-        if self.last_embedding is None:
-            self.last_embedding = source.last_embedding.new_zeros(self.lengths.size(0), source.last_embedding.size(1))
-        self.last_embedding[row] = source.last_embedding[0]
-
-
-class _LayerCache:
-    """One layer's view of the cache, as attention uses it."""
-
-    def __init__(self, cache: KVCache, index: int):
-        self.cache, self.index = cache, index
-
-    def attend(self, q, k, v, window: int) -> torch.Tensor:
-        """Store k and v (B, T, Hkv, D), attend with q (B, T, H, D)."""
-        cache, T = self.cache, q.size(1)
-        end = cache.longest + T
-        k_cache, v_cache = cache.k_cache[self.index, :, :end], cache.v_cache[self.index, :, :end]
-        if cache.longest == 0:  # nothing cached yet: plain causal attention, which has faster kernels
-            k_cache[:], v_cache[:] = k, v
-            return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
-        return flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=cache.lengths, causal=True,
-                                                  window_size=(window, 0))
-
-
-def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float = 1.0,
-                  top_k: int | None = None) -> torch.Tensor:
-    """One token a row of logits (B, V) by inverting the cumulative distribution at uniforms (B,); argmax at 0."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    if top_k is not None and 0 < top_k < logits.size(-1):
-        kept = logits.topk(top_k, dim=-1)
-        cumulative = torch.softmax(kept.values, dim=-1).double().cumsum(dim=-1)
-        choice = torch.searchsorted(cumulative, uniforms[:, None].double() * cumulative[:, -1:], right=True)
-        return kept.indices.gather(1, choice.clamp(max=top_k - 1))[:, 0]
-    cumulative = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
-    choice = torch.searchsorted(cumulative, uniforms[:, None].double() * cumulative[:, -1:], right=True)
-    return choice.clamp(max=logits.size(-1) - 1)[:, 0]
+    prompt: list[int]
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int | str = 42
+    stop: tuple[str, ...] = ()
+    text: bool = False
 
 
 @dataclass
 class Completion:
     """A generated continuation: tokens, mask (0 for tokens that the tool forced), and why it ended.
 
-    finish_reason: "stop" (end of the answer), "length" (max_tokens), "context" (the context is full).
+    finish_reason: "stop" (end of the answer, or a stop string), "length" (max_tokens), "context" (the context is full),
+    "cancelled". pieces: the text by parts, where text or stop strings were asked for.
     """
 
     tokens: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    pieces: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(text for _, text in self.pieces)
 
 
-class _Row:
-    """One sequence under generation: its random numbers, its tool state, what is forced next."""
+class Sequence:
+    """One request under generation: its random numbers, its tool state, what is forced next."""
 
-    def __init__(self, engine: "Engine", prompt: list[int], seed: str, max_tokens: int | None):
-        self.engine, self.prompt = engine, prompt
-        self.random = random.Random(seed)
-        self.room = engine.context - len(prompt)
-        self.max_tokens = max_tokens
+    def __init__(self, engine: "Engine", request: Request):
+        self.engine, self.request = engine, request
+        self.random = random.Random(request.seed)
+        self.tokens = list(request.prompt)  # prompt and continuation
+        self.limit = min(engine.context - len(self.tokens),
+                         engine.context if request.max_tokens is None else request.max_tokens)
+        self.completion = Completion()
+        self.answer = AnswerStream(engine.tokenizer, request.stop) if request.stop or request.text else None
         self.forced: deque[int] = deque()
         self.call: list[int] | None = None  # tokens of the tool call being written
-        self.completion = Completion()
+        if self.limit <= 0:
+            self._finish_by_length()
 
     @property
     def done(self) -> bool:
@@ -127,17 +80,29 @@ class _Row:
         mask = 0 if self.forced else 1
         token = self.forced.popleft() if self.forced else sampled
         if token in self.engine.stop_tokens:
-            self.completion.finish_reason = "stop"
+            self.finish("stop")
             return token, mask
+        self.tokens.append(token)
         self.completion.tokens.append(token)
         self.completion.mask.append(mask)
         self._follow_tool(token)
-        count = len(self.completion.tokens)
-        if self.max_tokens is not None and count >= self.max_tokens:
-            self.completion.finish_reason = "length"
-        elif count >= self.room:
-            self.completion.finish_reason = "context"
+        if self.answer is not None:
+            self.completion.pieces += self.answer.push(token)
+            if self.answer.stopped:
+                self.finish("stop")
+                return token, mask
+        if len(self.completion.tokens) >= self.limit:
+            self._finish_by_length()
         return token, mask
+
+    def finish(self, reason: str) -> None:
+        if self.answer is not None:
+            self.completion.pieces += self.answer.flush()
+            reason = "stop" if self.answer.stopped and reason != "cancelled" else reason
+        self.completion.finish_reason = reason
+
+    def _finish_by_length(self) -> None:
+        self.finish("context" if len(self.tokens) >= self.engine.context else "length")
 
     def _follow_tool(self, token: int) -> None:
         engine = self.engine
@@ -152,10 +117,28 @@ class _Row:
             self.call.append(token)
 
 
-class Engine:
-    """Generates with a model and its tokenizer; results depend on the seed, not on what else is in the batch."""
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists begin with in common: ([1, 2, 3], [1, 2, 4, 5]) -> 2."""
+    shorter = min(len(a), len(b))
+    if a[:shorter] == b[:shorter]:
+        return shorter
+    return bisect.bisect_left(range(1, shorter + 1), True, key=lambda n: a[:n] != b[:n])
 
-    def __init__(self, model, tokenizer):
+
+def prompt_limit(context: int, max_tokens: int) -> int:
+    """Tokens that a conversation may take of the context, so that an answer of up to a quarter of it has room."""
+    return max(1, context - min(max_tokens, max(MIN_ANSWER_TOKENS, context // 4)))
+
+
+class Engine:
+    """Generates with a model and its tokenizer; a sequence depends on its seed, not on what else is in the batch.
+
+    `submit` requests, `step` until they are done; or use `generate`, `generate_batch`, `generate_many`, which do that.
+    With `slots` the cache is made at once, for the whole context, as many slots as memory allows; without, as needed.
+    For one thread only.
+    """
+
+    def __init__(self, model, tokenizer, slots: int | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.context = model.config.sequence_len
         special = tokenizer.encode_special
@@ -163,88 +146,184 @@ class Engine:
         self.output_start, self.output_end = special("<|output_start|>"), special("<|output_end|>")
         self.stop_tokens = {special("<|assistant_end|>"), special("<|bos|>")}
         self.finish_reasons: list[str | None] = []  # of the rows of the last `generate`
+        self.waiting: deque[Sequence] = deque()
+        self.cache: KVCache | None = None
+        self.reused_tokens = self.prefilled_tokens = 0
+        if slots is not None:
+            self._reserve(slots, self.context)
 
-    def _prefill(self, prompt: list[int]) -> tuple[KVCache, torch.Tensor]:
-        """A cache of one row that holds the prompt, and the logits (V,) after it."""
-        if not 0 < len(prompt) <= self.context:
-            raise ValueError(f"prompt of {len(prompt)} tokens, expected 1 to {self.context}")
-        cache = KVCache.for_model(self.model, 1, len(prompt))
-        idx = torch.tensor([prompt], device=self.model.device)
-        return cache, self.model.next_logits(idx, cache)[0]
+    # --- slots ---
 
     @torch.inference_mode()
-    def _run(self, rows: list[_Row], batch_size: int, temperature: float, top_k: int | None):
-        """Generate all rows, `batch_size` at a time; a finished row's place is taken by the next one.
+    def _reserve(self, slots: int, length: int) -> None:
+        """Have at least so many slots of at least this length, or as many as memory allows."""
+        if self.cache is not None and self.cache.batch_size >= slots and self.cache.seq_len >= length:
+            return
+        if self.cache is not None:
+            if any(self.occupants):
+                return  # the running ones keep their places; the others wait
+            slots, length = max(slots, self.cache.batch_size), max(length, self.cache.seq_len)
+            self.cache = self.graphs = None
+        device = self.model.device
+        room = MEMORY_SHARE.get(device.type, 0.5) * free_memory_bytes(device)
+        slots = max(1, min(slots, int(room / KVCache.slot_bytes(self.model, length)) - 1))
+        self.cache = KVCache.for_model(self.model, slots, length)
+        self.graphs = DecodeGraphs(self.model, self.cache) if device.type == "cuda" else None
+        self.occupants: list[Sequence | None] = [None] * slots
+        self.held: list[list[int]] = [[] for _ in range(slots)]  # tokens that free slots still hold
+        self.since = [0] * slots  # the step at which each became free, or was taken
+        self.steps = 0
 
-        Yields after each step [(row index, token, mask)] of the rows that took part.
-        """
-        waiting = deque(i for i, row in enumerate(rows) if not self._full(row))
-        slots: list[int | None] = [None] * min(batch_size, len(waiting))
+    def _place(self, prompt: list[int], free: list[int]) -> tuple[int, int, int] | None:
+        """(slot, slot to copy from, tokens of the prompt that it has), None if waiting for others' work pays."""
+        wanted = prompt[:-1]  # the last one is computed in any case: its logits are needed
+        oldest = min(free, key=lambda slot: (len(self.held[slot]) > 0, self.since[slot]))
+        shared = {slot: common_prefix(self.held[slot], wanted) for slot in free}
+        best = max(free, key=shared.get)
+        if shared[best] < WORTH_SHARING_TOKENS:
+            best = oldest
+        others = {slot: common_prefix(other.tokens, wanted) for slot, other in enumerate(self.occupants) if other}
+        source = max(others, key=others.get, default=best)
+        if others.get(source, 0) >= shared[best] + WORTH_SHARING_TOKENS:
+            if self.cache.lengths[source] < others[source]:
+                return None
+            return oldest, source, others[source]
+        return best, best, shared[best]
+
+    def _admit(self) -> None:
+        free = [slot for slot, occupant in enumerate(self.occupants) if occupant is None]
+        for sequence in list(self.waiting):
+            if not free:
+                return
+            place = self._place(sequence.tokens, free)
+            if place is None:
+                continue
+            slot, source, length = place
+            self.cache.set_row(slot, length, sequence.tokens[length - 1], source)
+            self.reused_tokens += length
+            self.waiting.remove(sequence)
+            self.occupants[slot], self.since[slot] = sequence, self.steps
+            free.remove(slot)
+
+    def _release(self, slot: int) -> None:
+        self.held[slot] = self.occupants[slot].tokens[:self.cache.lengths[slot]]
+        self.occupants[slot], self.since[slot] = None, self.steps
+
+    # --- steps ---
+
+    def submit(self, request: Request) -> Sequence:
+        """Queue a request; it is `done` at once where there is no room for a single token."""
+        if not 0 < len(request.prompt) <= self.context:
+            raise ValueError(f"prompt of {len(request.prompt)} tokens, expected 1 to {self.context}")
+        sequence = Sequence(self, request)
+        if not sequence.done:
+            self._reserve(1, min(self.context, len(sequence.tokens) + sequence.limit))
+            self.waiting.append(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence now; its slot is free from then on."""
+        if sequence.done:
+            return
+        sequence.finish("cancelled")
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        elif sequence in self.occupants:
+            self._release(self.occupants.index(sequence))
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting) or self.active > 0
+
+    @property
+    def active(self) -> int:
+        """Slots at work."""
+        return 0 if self.cache is None else sum(occupant is not None for occupant in self.occupants)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Sequence, int, int]]:
+        """Let waiting sequences in, read a piece of the new prompts, add a token to all others -> (sequence, token, mask)s."""
+        self.steps += 1
+        self._admit()
+        self._prefill()
+        return self._decode()
+
+    def _left(self, slot: int) -> int:
+        """Tokens of a slot's sequence that are not in the cache yet."""
+        return len(self.occupants[slot].tokens) - self.cache.lengths[slot]
+
+    def _prefill(self) -> None:
+        """Compute a piece of the prompts, all but their last token, within the budget of a step."""
+        slots = [slot for slot, occupant in enumerate(self.occupants) if occupant and self._left(slot) > 1]
         if not slots:
             return
-        limit = max(len(row.prompt) + min(row.room, row.max_tokens or row.room) for row in rows)
-        cache = KVCache.for_model(self.model, len(slots), limit + 1)
-        logits, prefilled = None, (None, None)
-        while True:
-            for slot, occupant in enumerate(slots):
-                if occupant is None and waiting:
-                    slots[slot] = index = waiting.popleft()
-                    if prefilled[0] != rows[index].prompt:  # samples of one prompt share its prefill
-                        prefilled = (rows[index].prompt, self._prefill(rows[index].prompt))
-                    cache.set_row(slot, prefilled[1][0])
-                    if logits is None:
-                        logits = prefilled[1][1].new_zeros(len(slots), prefilled[1][1].size(-1))
-                    logits[slot] = prefilled[1][1]
-            if all(occupant is None for occupant in slots):
-                return
-            uniforms = torch.tensor([0.0 if i is None else rows[i].random.random() for i in slots], device=logits.device)
-            sampled = sample_tokens(logits, uniforms, temperature, top_k).tolist()
-            step, inputs = [], []
-            for slot, index in enumerate(slots):
-                token = 0
-                if index is not None:
-                    token, mask = rows[index].accept(sampled[slot])
-                    step.append((index, token, mask))
-                    if rows[index].done:
-                        slots[slot] = None
-                inputs.append(token)
-            yield step
-            self._drop_empty(cache, slots)
-            if any(index is not None for index in slots):
-                logits = self.model.next_logits(torch.tensor(inputs, device=logits.device)[:, None], cache).clone()
+        budget = CHUNK_TOKENS.get(self.model.device.type, 128)
+        # short prompts first, which are soon done; every other step the one that has been there longest
+        slots.sort(key=self._left if self.steps % 2 else self.since.__getitem__)
+        T = min(budget, self._left(slots[0]) - 1)
+        slots = slots[:max(1, budget // T)]
+        counts = [min(T, self._left(slot) - 1) for slot in slots]
+        T = max(counts)
+        chunks = []
+        for slot, count in zip(slots, counts):
+            start = self.cache.lengths[slot]
+            chunks.append(self.occupants[slot].tokens[start:start + count] + [0] * (T - count))
+        rows = self.cache.rows(slots, None if min(counts) == T else counts)
+        self.model.features(torch.tensor(chunks, device=self.model.device), rows)
+        self.prefilled_tokens += sum(counts)
 
-    @staticmethod
-    def _full(row: _Row) -> bool:
-        if row.room <= 0:
-            row.completion.finish_reason = "context"
-        elif row.max_tokens is not None and row.max_tokens <= 0:
-            row.completion.finish_reason = "length"
-        return row.done
+    def _decode(self) -> list[tuple[Sequence, int, int]]:
+        slots = [slot for slot, occupant in enumerate(self.occupants) if occupant and self._left(slot) == 1]
+        if not slots:
+            return []
+        sequences = [self.occupants[slot] for slot in slots]
+        tokens, requests = [sequence.tokens[-1] for sequence in sequences], [s.request for s in sequences]
+        if self.graphs is not None:
+            logits = self.graphs.next_logits(tokens, slots)
+        else:
+            logits = self.model.next_logits(torch.tensor(tokens, device=self.model.device)[:, None],
+                                            self.cache.rows(slots))
+        sampled = sample_tokens(logits, [s.random.random() for s in sequences], [r.temperature for r in requests],
+                                [r.top_k for r in requests], [r.top_p for r in requests]).tolist()
+        events = [(sequence, *sequence.accept(token)) for sequence, token in zip(sequences, sampled)]
+        for slot, sequence in zip(slots, sequences):
+            if sequence.done:
+                self._release(slot)
+        return events
 
-    @staticmethod
-    def _drop_empty(cache: KVCache, slots: list) -> None:
-        """Rows without an occupant start over at length 0, so that they never outgrow the cache."""
-        empty = [slot for slot, index in enumerate(slots) if index is None]
-        if empty:
-            cache.lengths[empty] = 0
-            cache.longest = int(cache.lengths.max())
+    # --- whole generations ---
+
+    def _submit_all(self, requests: list[Request], batch_size: int) -> list[Sequence]:
+        if requests:
+            longest = max(len(r.prompt) + (self.context if r.max_tokens is None else r.max_tokens) for r in requests)
+            self._reserve(min(batch_size, len(requests)), min(self.context, longest))
+        return [self.submit(request) for request in requests]
 
     def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None,
-                 temperature: float = 1.0, top_k: int | None = None, seed: int = 42):
+                 temperature: float = 1.0, top_k: int | None = None, seed: int = 42, top_p: float = 1.0):
         """Continue one prompt `num_samples` times; yields (token_column, token_masks), one entry a sample.
 
         The column holds the closing special token of a sample when it ends, and -1 for it from then on. Why each
         ended is in `finish_reasons` afterwards.
         """
-        rows = [_Row(self, tokens, f"{seed}-{i}", max_tokens) for i in range(num_samples)]
+        sequences = self._submit_all([Request(tokens, max_tokens, temperature, top_k, top_p, f"{seed}-{i}")
+                                      for i in range(num_samples)], num_samples)
+        queues: list[deque] = [deque() for _ in sequences]
         self.finish_reasons = [None] * num_samples
-        for step in self._run(rows, num_samples, temperature, top_k):
-            column, masks = [-1] * num_samples, [0] * num_samples
-            for index, token, mask in step:
-                column[index], masks[index] = token, mask
-            self.finish_reasons = [row.completion.finish_reason for row in rows]
-            yield column, masks
-        self.finish_reasons = [row.completion.finish_reason for row in rows]
+        try:
+            while any(queues) or not all(s.done for s in sequences):
+                if not all(queue or s.done for queue, s in zip(queues, sequences)):
+                    for sequence, token, mask in self.step():
+                        if sequence in sequences:
+                            queues[sequences.index(sequence)].append((token, mask))
+                    continue
+                column = [queue.popleft() if queue else (-1, 0) for queue in queues]
+                self.finish_reasons = [None if q else s.completion.finish_reason for q, s in zip(queues, sequences)]
+                yield [token for token, _ in column], [mask for _, mask in column]
+            self.finish_reasons = [s.completion.finish_reason for s in sequences]
+        finally:
+            for sequence in sequences:
+                self.cancel(sequence)
 
     def generate_batch(self, tokens: list[int], num_samples: int = 1, **kwargs) -> tuple[list, list]:
         """(results, masks): prompt and continuation of each sample, without the closing token; prompts have mask 0."""
@@ -253,36 +332,11 @@ class Engine:
         return ([tokens + c.tokens for c in completions], [[0] * len(tokens) + c.mask for c in completions])
 
     def generate_many(self, prompts: list[list[int]], max_tokens: int | None = None, temperature: float = 1.0,
-                      top_k: int | None = None, seed: int = 42, batch_size: int = 32) -> list[Completion]:
+                      top_k: int | None = None, seed: int = 42, batch_size: int = 32, top_p: float = 1.0,
+                      stop: tuple[str, ...] = ()) -> list[Completion]:
         """Continue many different prompts, `batch_size` at a time."""
-        rows = [_Row(self, prompt, f"{seed}-{i}", max_tokens) for i, prompt in enumerate(prompts)]
-        for _ in self._run(rows, batch_size, temperature, top_k):
-            pass
-        return [row.completion for row in rows]
-
-
-class TextStream:
-    """Turns tokens into text as they come, in whole characters only."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self._pending = tokenizer, b""
-
-    def push(self, token: int) -> str:
-        """Text that became complete with this token; a multi-byte character comes when its last byte is there."""
-        self._pending += self.tokenizer.decode_bytes([token])
-        cut = len(self._pending)
-        for back in range(1, min(4, cut) + 1):  # an unfinished character is at most three bytes long
-            byte = self._pending[cut - back]
-            if byte >= 0xC0:  # a lead byte: 2, 3 or 4 bytes long
-                length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-                cut = cut - back if length > back else cut
-                break
-            if byte < 0x80:
-                break
-        text, self._pending = self._pending[:cut], self._pending[cut:]
-        return text.decode("utf-8", errors="replace")
-
-    def flush(self) -> str:
-        """What is left at the end, unfinished characters replaced."""
-        text, self._pending = self._pending.decode("utf-8", errors="replace"), b""
-        return text
+        sequences = self._submit_all([Request(prompt, max_tokens, temperature, top_k, top_p, f"{seed}-{i}", stop)
+                                      for i, prompt in enumerate(prompts)], batch_size)
+        while not all(sequence.done for sequence in sequences):
+            self.step()
+        return [sequence.completion for sequence in sequences]

@@ -61,19 +61,25 @@ def _sdpa_windowed(q, k, v, window):
     return torch.cat((first, rest), dim=2)[:, :, :T]
 
 
-def _sdpa_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, causal, window_size):
+def _sdpa_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, causal, window_size):
     B, T = q.shape[:2]
-    positions = cache_seqlens[:, None].long() + torch.arange(T, device=q.device)  # (B, T)
-    rows = torch.arange(B, device=q.device)[:, None]
+    new = torch.arange(T, device=q.device)
+    positions = cache_seqlens[:, None].long() + (new if k is not None else new - T)  # (B, T)
+    rows = torch.arange(B, device=q.device)[:, None] if cache_batch_idx is None else cache_batch_idx[:, None].long()
     if k is not None:
-        k_cache[rows, positions] = k
-        v_cache[rows, positions] = v
-    columns = torch.arange(k_cache.size(1), device=q.device)
+        k_cache[rows, positions], v_cache[rows, positions] = k, v
+    window = window_size[0]
+    if T == 1 and causal and 0 <= window < k_cache.size(1) - 1:  # each row's window alone
+        columns = (positions - window).clamp(min=0) + torch.arange(window + 1, device=q.device)  # (B, w + 1)
+        keys, values = k_cache[rows, columns], v_cache[rows, columns]
+    else:
+        columns = torch.arange(k_cache.size(1), device=q.device)[None]
+        keys, values = (k_cache, v_cache) if cache_batch_idx is None else (k_cache[rows[:, 0]], v_cache[rows[:, 0]])
     last = positions if causal else positions[:, -1:].expand(B, T)
-    mask = columns <= last[..., None]  # (B, T, S)
-    if window_size[0] >= 0:
-        mask &= columns >= positions[..., None] - window_size[0]
-    q, keys, values = _heads_first(q, k_cache, v_cache)
+    mask = columns[:, None] <= last[..., None]  # (B, T, S)
+    if window >= 0:
+        mask &= columns[:, None] >= positions[..., None] - window
+    q, keys, values = _heads_first(q, keys, values)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None]).transpose(1, 2)
 
 
@@ -187,14 +193,15 @@ def flash_attn_func(q, k, v, causal: bool = True, window_size: tuple[int, int] =
     return choose_backend(q.device.type, q.dtype).func(q, k, v, causal, window_size)
 
 
-def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, causal: bool = True,
-                            window_size: tuple[int, int] = (-1, -1)) -> torch.Tensor:
-    """Write k and v (B, T, Hkv, D) into the caches (B, S, Hkv, D) at each row's length, then attend -> (B, T, H, D).
+def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, cache_batch_idx=None,
+                            causal: bool = True, window_size: tuple[int, int] = (-1, -1)) -> torch.Tensor:
+    """Write k and v (B, T, Hkv, D) into the caches (N, S, Hkv, D) at each row's length, then attend -> (B, T, H, D).
 
-    `cache_seqlens` (B,): how many positions of each row are filled before this call.
+    `cache_seqlens` (B,): how many places of each row are filled before this call; without k and v, how many are filled
+    with the queries' own, which are then the last T. `cache_batch_idx` (B,): each row's place in the caches.
     """
     backend = choose_backend(q.device.type, q.dtype)
-    return backend.with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, causal, window_size)
+    return backend.with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, causal, window_size)
 
 
 flash_attn = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_with_kvcache)

@@ -3,10 +3,9 @@
 import contextlib
 
 import torch
-import torch.nn.functional as F
 
 from nanochat.common import Runtime, UserError
-from nanochat.gpt import GPT, Linear
+from nanochat.gpt import GPT, Linear, linear
 
 MIN_CAPABILITY = (8, 9)
 MIN_SIZE = 128  # below this, casting costs more than the product saves
@@ -50,7 +49,7 @@ def fp8_disabled(model: GPT):
 
     layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
     for layer in layers:
-        layer.forward = lambda x, weight=layer.weight: F.linear(x, weight.to(x.dtype))
+        layer.forward = lambda x, weight=layer.weight: linear(x, weight.to(x.dtype))
     try:
         yield model
     finally:

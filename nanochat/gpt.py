@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat import cpu_kernels
 from nanochat import loss as loss_functions
 from nanochat.common import UserError
 from nanochat.flash_attention import choose_backend, flash_attn
@@ -17,6 +18,7 @@ from nanochat.flash_attention import choose_backend, flash_attn
 ROTARY_BASE = 100000
 CONTEXT_MARGIN = 10  # rotary tables reach this many times beyond sequence_len
 QK_SCALE = 1.2
+NORM_EPSILON = torch.finfo(torch.float32).eps
 SMEAR_CHANNELS = 24
 VE_GATE_CHANNELS = 12
 CONFIG_VERSION = 1
@@ -68,13 +70,23 @@ class GPTConfig:
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     """RMS norm over channels, no weights; the epsilon of fp32 in every dtype."""
-    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPSILON)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the half-split pairs of x (B, T, H, D) by minus theta; cos and sin (1 or B, T, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def rotary_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """What queries and keys go through: the rotation, the norm, the scale."""
+    return QK_SCALE * norm(apply_rotary(x, cos, sin))
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., K) times weight (N, K) transposed."""
+    return cpu_kernels.linear(x, weight) if cpu_kernels.fits_linear(x, weight) else F.linear(x, weight)
 
 
 class Linear(nn.Linear):
@@ -85,10 +97,11 @@ class Linear(nn.Linear):
         self.cast: torch.Tensor | None = None  # the weight in the compute dtype, while `weights_cast_once` lasts
 
     def weight_as(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight.to(dtype) if self.cast is None else self.cast
+        weight = self.weight if self.cast is None else self.cast
+        return weight if weight.dtype == dtype else weight.to(dtype)
 
     def forward(self, x):
-        return F.linear(x, self.weight_as(x.dtype))
+        return linear(x, self.weight_as(x.dtype))
 
 
 class _TableLookup(torch.autograd.Function):
@@ -113,7 +126,8 @@ class _TableLookup(torch.autograd.Function):
 
 class Embedding(nn.Embedding):
     def forward(self, idx):
-        return F.embedding(idx, self.weight) if self.weight.is_cuda else _TableLookup.apply(self.weight, idx)
+        plain = self.weight.is_cuda or not torch.is_grad_enabled()
+        return F.embedding(idx, self.weight) if plain else _TableLookup.apply(self.weight, idx)
 
 
 class CausalSelfAttention(nn.Module):
@@ -136,8 +150,7 @@ class CausalSelfAttention(nn.Module):
         if value_embedding is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hkv)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.n_kv_head, self.head_dim)
-        q, k = (QK_SCALE * norm(apply_rotary(t, *cos_sin)) for t in (q, k))
-        return q, k, v
+        return rotary_norm(q, *cos_sin), rotary_norm(k, *cos_sin), v
 
     def attend(self, q, k, v, window, cache):
         """-> (B, T, C)."""
@@ -159,7 +172,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in two halves: those with and without a value embedding then share the compiled second one."""
+    """One layer, in two halves: those with and without a value embedding then share the compiled second one.
+
+    `block` in cpu_kernels.c is the same for one new position on CPUs: what changes here must change there.
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -303,7 +319,7 @@ class GPT(nn.Module):
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Features (..., C) -> logits (..., V) in fp32; the padding of the vocabulary is left out."""
         weight = self._unpadded(self.lm_head.weight_as(features.dtype))
-        return loss_functions.softcap(F.linear(features, weight))
+        return loss_functions.softcap(linear(features, weight))
 
     def _unpadded(self, weight: torch.Tensor) -> torch.Tensor:
         """The head's rows of real tokens; a slice only where there is padding, since its gradient costs a copy."""
@@ -320,22 +336,30 @@ class GPT(nn.Module):
             x = torch.cat((x[:, :1], self._smear(x[:, 1:], x[:, :-1])), dim=1)
             cos_sin = self.cos[None, :T, None], self.sin[None, :T, None]
         else:
-            positions = kv_cache.positions(T)  # (B, T)
+            kv_cache = kv_cache.for_pass()
+            positions, last = kv_cache.positions(T), kv_cache.last_tokens()  # (B, T), (B,)
             cos_sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
-            x = self._smear(x, kv_cache.shift_embeddings(x))
+            first = norm(self.transformer.wte(last.clamp(min=0)).to(self.dtype)) * (last >= 0)[:, None]
+            x = self._smear(x, torch.cat((first[:, None], x[:, :-1]), dim=1))
         x0, middle = x.clone(), None  # a copy: the same tensor twice would make layer 0 compile on its own
         training = kv_cache is None and torch.is_grad_enabled()
         begin, finish = (self._begin, self._finish) if training else (Block.begin, Block.finish)
+        in_c = kv_cache is not None and kv_cache.counts is None and cpu_kernels.fits_block(x, self.config.head_dim)
+        resid_lambdas, x0_lambdas = (p.tolist() if in_c else p.unbind() for p in (self.resid_lambdas, self.x0_lambdas))
         for i, block in enumerate(self.transformer.h):
             table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None
             value_embedding = None if table is None else table(idx).to(self.dtype)
             cache = None if kv_cache is None else kv_cache.layer(i)
-            x, q, k, v = begin(block, x, x0, self.resid_lambdas[i], self.x0_lambdas[i], value_embedding, cos_sin)
-            x = finish(block, x, q, k, v, self.windows[i], cache)
+            if in_c:
+                x = cpu_kernels.block(block, x, x0, (resid_lambdas[i], x0_lambdas[i]), value_embedding, cos_sin,
+                                      self.windows[i], cache, QK_SCALE, NORM_EPSILON)
+            else:
+                x, q, k, v = begin(block, x, x0, resid_lambdas[i], x0_lambdas[i], value_embedding, cos_sin)
+                x = finish(block, x, q, k, v, self.windows[i], cache)
             if i == self.config.n_layer // 2:
                 middle = x
         if kv_cache is not None:
-            kv_cache.advance(T)
+            kv_cache.advance(idx)
         return norm(x - self.backout_lambda.to(x.dtype) * middle)
 
 

@@ -76,3 +76,14 @@ def host_memory_bytes() -> float:
         return float(min(free, limit - used))
     except (OSError, ValueError):  # no such file, or "max"
         return float(free)
+
+
+def measured_bandwidth(device: torch.device, size_bytes: int = 2**29, repeats: int = 5) -> float:
+    """Bytes/s at which a big tensor is read here: the median of `repeats` sums over it."""
+    x = torch.ones(size_bytes // 4, device=device)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        x.sum().item()
+        seconds.append(time.perf_counter() - start)
+    return x.nbytes / sorted(seconds[1:])[repeats // 2]

@@ -230,6 +230,16 @@ class RustBPETokenizer:
             ids = ids[:1] + ids[len(ids) - max_tokens + 1:]
         return ids
 
+    def fit_conversation(self, messages: list[dict], limit: int) -> tuple[list[int], list[dict], int]:
+        """(prompt, messages, tokens) of a conversation for the next answer; its oldest exchanges are left out, as few as
+        needed to render within `limit` tokens. If the last message alone is longer, the prompt holds its end, and `tokens`
+        says how many it has."""
+        tokens = len(self.render_for_completion({"messages": messages}))
+        while tokens > limit and len(messages) > 2:
+            messages = messages[2:]
+            tokens = len(self.render_for_completion({"messages": messages}))
+        return self.render_for_completion({"messages": messages}, limit), messages, tokens
+
     def visualize_tokenization(self, ids: list[int], mask: list[int]) -> str:
         """The tokens in colour for a terminal: green is learnt, red is not."""
         return "|".join(f"\033[{32 if m else 31}m{self.id_to_token(i)}\033[0m" for i, m in zip(ids, mask))

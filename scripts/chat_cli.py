@@ -5,64 +5,77 @@ python -m scripts.chat_cli
 """
 
 import random
+import signal
 import sys
 
 from nanochat.checkpoint_manager import SOURCES, load_model, locate_model
 from nanochat.common import (Parser, UserError, add_model_flags, add_runtime_flags, compute_init, integer, number,
                              run_script)
-from nanochat.engine import Engine, TextStream
+from nanochat.engine import Engine, Request, join_pieces, prompt_limit
 
-MIN_ANSWER_TOKENS = 32  # room that a prompt leaves for the answer
-HELP = "/clear forgets the conversation, /quit (or Ctrl-D) leaves"
+HELP = "/clear forgets the conversation, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 
 
-def forget_oldest(tokenizer, messages: list[dict], limit: int) -> tuple[list[dict], int]:
-    """The conversation without its oldest turns, as few as needed to render within `limit` tokens; and how many went."""
-    dropped = 0
-    while len(messages) > 1 and len(tokenizer.render_for_completion({"messages": messages})) > limit:
-        messages, dropped = messages[2:], dropped + 1
-    return messages, dropped
+class Printer:
+    """Writes the pieces of an answer as they come, a tool call as [expression = result]."""
+
+    def __init__(self, out):
+        self.out, self.in_call = out, False
+
+    def push(self, kind: str, text: str) -> None:
+        if kind == "text" and text:
+            self.close()
+        if not text and kind == "python":
+            self.close()
+            self.in_call = True
+        self.out(text or {"python": "[", "python_output": " = "}.get(kind, ""))
+
+    def close(self) -> None:
+        self.out("]" if self.in_call else "")
+        self.in_call = False
 
 
 def answer(engine: Engine, messages: list[dict], args, out) -> tuple[list[dict], list[dict]]:
     """Stream one answer to `out` -> (messages that were still in context, parts of the answer)."""
-    tokenizer = engine.tokenizer
-    limit = max(1, engine.context - min(args.max_tokens, max(MIN_ANSWER_TOKENS, engine.context // 4)))
-    messages, dropped = forget_oldest(tokenizer, messages, limit)
-    if dropped:
-        out(f"[the context of {engine.context} tokens is full: the {dropped} oldest exchange(s) are forgotten]\n")
-    prompt = tokenizer.render_for_completion({"messages": messages}, max_tokens=limit)
-    whole = len(tokenizer.render_for_completion({"messages": messages}))
-    if whole > limit:
-        out(f"[your message has {whole} tokens, the context {engine.context}: only its end is read]\n")
+    limit = prompt_limit(engine.context, args.max_tokens)
+    prompt, kept, tokens = engine.tokenizer.fit_conversation(messages, limit)
+    if len(kept) < len(messages):
+        out(f"[the context of {engine.context} tokens is full: the {(len(messages) - len(kept)) // 2} oldest exchange(s) "
+            "are forgotten]\n")
+    if tokens > limit:
+        out(f"[your message has {tokens} tokens, the context {engine.context}: only its end is read]\n")
     seed = random.randrange(2**32) if args.seed is None else args.seed
-    markers = {engine.python_start: "python", engine.output_start: "python_output"}
-    parts, stream = [{"type": "text", "text": ""}], TextStream(tokenizer)
+    sequence = engine.submit(Request(prompt, args.max_tokens, args.temperature, args.top_k or None, args.top_p, seed,
+                                     text=True))
+    printer, shown = Printer(out), 0
+    with Interruption() as interruption:
+        while not sequence.done:
+            engine.step()
+            if interruption.asked:
+                engine.cancel(sequence)
+            for piece in sequence.completion.pieces[shown:]:
+                printer.push(*piece)
+            shown = len(sequence.completion.pieces)
+    printer.close()
+    out({"length": f"\n[stopped at --max-tokens={args.max_tokens}]", "cancelled": "\n[stopped]",
+         "context": "\n[stopped: the context is full; /clear starts anew]"}.get(sequence.completion.finish_reason, "") + "\n")
+    return kept, join_pieces(sequence.completion.pieces)
 
-    def emit(text):
-        parts[-1]["text"] += text
-        out(text)
 
-    for (token,), _ in engine.generate(prompt, max_tokens=args.max_tokens, temperature=args.temperature,
-                                       top_k=args.top_k or None, seed=seed):
-        if token in engine.stop_tokens:
-            break
-        if token in markers or token in (engine.python_end, engine.output_end):
-            emit(stream.flush())
-            opens = token in markers
-            parts.append({"type": markers.get(token, "text"), "text": ""})
-            out({engine.python_start: "[", engine.output_start: " = ", engine.output_end: "]"}.get(token, "")
-                if opens or token == engine.output_end else "")
-            continue
-        emit(stream.push(token))
-    emit(stream.flush())
-    reason = engine.finish_reasons[0]
-    if reason == "length":
-        out(f"\n[stopped at --max-tokens={args.max_tokens}]")
-    elif reason == "context":
-        out("\n[stopped: the context is full; /clear starts anew]")
-    out("\n")
-    return messages, [part for part in parts if part["text"]] or [{"type": "text", "text": ""}]
+class Interruption:
+    """Turns Ctrl-C into a question that is answered between two tokens; a second one ends the program."""
+
+    def __enter__(self):
+        self.asked, self._previous = False, signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exc):
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _note(self, signum, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def write(text: str) -> None:
@@ -85,6 +98,9 @@ def converse(engine: Engine, args, name: str) -> None:
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            print("\n(/quit or Ctrl-D leaves)")
+            continue
         if text in ("/quit", "/exit"):
             return
         if text == "/clear":
@@ -97,11 +113,7 @@ def converse(engine: Engine, args, name: str) -> None:
         if not text:
             continue
         write("nanochat: ")
-        try:
-            messages, parts = answer(engine, messages + [{"role": "user", "content": text}], args, write)
-        except KeyboardInterrupt:
-            write("\n(stopped; this exchange is forgotten)\n")
-            continue
+        messages, parts = answer(engine, messages + [{"role": "user", "content": text}], args, write)
         messages = messages + [{"role": "assistant", "content": parts}]
 
 
@@ -113,6 +125,7 @@ def main(argv=None) -> dict:
     add_runtime_flags(parser)
     parser.add_argument("-t", "--temperature", type=number(0, 2), default=0.6, help="0: always the likeliest token")
     parser.add_argument("-k", "--top-k", type=integer(0), default=50, help="sample among so many tokens; 0: all")
+    parser.add_argument("--top-p", type=number(0, 1), default=1.0, help="sample among the likeliest with this probability in all")
     parser.add_argument("-m", "--max-tokens", type=integer(1), default=256, help="of each answer")
     parser.add_argument("--seed", type=integer(0), default=None, help="fix it to get the same answers again; random else")
     args = parser.parse_args(argv)
@@ -121,7 +134,7 @@ def main(argv=None) -> dict:
     locate_model(args.source, args.model_tag, args.step)
     runtime = compute_init(args.device_type)
     model, tokenizer, meta = load_model(args.source, runtime.device, "eval", args.model_tag, args.step, runtime.dtype)
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, slots=1)  # keeps what a conversation has had so far
     if args.prompt is None:
         converse(engine, args, f"nanochat {meta['tag']}, step {meta['step']}, on {runtime.device}")
         return {}

@@ -5,8 +5,11 @@ import random
 import pytest
 import torch
 
-from nanochat.engine import Engine, TextStream, sample_tokens
+from nanochat.answer import AnswerStream, TextStream, join_pieces
+from nanochat.engine import Engine, Request
+
 from nanochat.gpt import GPTConfig, build_model
+from nanochat.sampling import sample_tokens
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +32,12 @@ class Script:
         self.config, self.device, self.dtype = engine.model.config, engine.model.device, torch.float32
         self.tokens, self.fed = list(tokens), []
 
-    def next_logits(self, idx, cache):
+    def features(self, idx, rows):
         self.fed.extend(idx[0].tolist())
-        cache.last_embedding = torch.zeros(idx.size(0), 1)
-        cache.advance(idx.size(1))
+        rows.advance(idx)
+
+    def next_logits(self, idx, rows):
+        self.features(idx, rows)
         logits = torch.zeros(idx.size(0), self.config.vocab_size)
         logits[:, self.tokens.pop(0) if self.tokens else 0] = 10.0
         return logits
@@ -74,18 +79,171 @@ def test_samples_of_a_prompt_do_not_share_their_first_token(engine):
     assert len({ids[3] for ids in results if len(ids) > 3}) > 5
 
 
-def test_sampling_follows_the_distribution():
-    logits = torch.tensor([[1.0, 2.0, 0.0, -1.0]]).expand(20000, 4)
-    uniforms = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    for temperature, top_k in ((1.0, None), (0.5, None), (1.0, 2)):
-        probabilities = torch.softmax(logits[0] / temperature, 0)
-        if top_k:
-            probabilities = torch.where(probabilities >= probabilities.topk(top_k).values[-1], probabilities, 0.0)
-            probabilities /= probabilities.sum()
-        counts = torch.bincount(sample_tokens(logits, uniforms, temperature, top_k), minlength=4) / 20000
-        torch.testing.assert_close(counts, probabilities, atol=0.015, rtol=0)
-    assert (sample_tokens(logits, uniforms, 0.0) == 1).all()
-    assert (sample_tokens(logits, torch.full((20000,), 0.99999994), 1.0) <= 3).all()
+def shares(logits, temperature, top_k, top_p, draws=20000):
+    """How often each token is drawn, with evenly spread random numbers."""
+    uniforms = [(i + 0.5) / draws for i in range(draws)]
+    tokens = sample_tokens(logits.expand(draws, -1), uniforms, [temperature] * draws, [top_k] * draws, [top_p] * draws)
+    return torch.bincount(tokens, minlength=logits.size(-1)) / draws
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, None, 1.0), (0.5, None, 1.0), (1.0, 2, 1.0),
+                                                       (1.0, None, 0.7), (2.0, 3, 0.8), (1.0, None, 1e-9)])
+def test_sampling_follows_the_distribution(temperature, top_k, top_p):
+    logits = torch.tensor([1.0, 2.0, 0.0, -1.0, 1.5])
+    expected = torch.softmax(logits / temperature, 0)
+    order = expected.argsort(descending=True).tolist()
+    kept = order[:top_k or 5]
+    mass, nucleus = sum(expected[i].item() for i in kept), []
+    for i in kept:
+        if sum(expected[j].item() for j in nucleus) >= top_p * mass:
+            break
+        nucleus.append(i)
+    expected = torch.tensor([expected[i].item() if i in nucleus else 0.0 for i in range(5)])
+    torch.testing.assert_close(shares(logits, temperature, top_k, top_p), expected / expected.sum(), atol=1e-3, rtol=0)
+
+
+def test_sampling_from_a_large_vocabulary():
+    """Blocks, candidates and padding: 3,001 tokens, of which four have a chance."""
+    logits = torch.full((3001,), -1e9)
+    likely = {5: 0.1, 127: 0.2, 128: 0.3, 3000: 0.4}
+    for token, probability in likely.items():
+        logits[token] = torch.tensor(probability).log()
+    for top_k, top_p in ((None, 1.0), (None, 0.999), (50, 1.0)):
+        found = shares(logits, 1.0, top_k, top_p)
+        assert {i: round(found[i].item(), 2) for i in found.nonzero().flatten().tolist()} == likely
+    assert shares(logits, 1.0, None, 0.6).nonzero().flatten().tolist() == [128, 3000]
+    assert shares(logits, 0.0, None, 1.0)[3000] == 1
+
+
+def test_every_row_has_its_own_settings():
+    logits = torch.randn(6, 300)
+    uniforms = [0.1, 0.9, 0.5, 0.3, 0.999999999, 0.0]
+    settings = [(0.0, None, 1.0), (1.0, None, 1.0), (0.7, 5, 1.0), (0.7, 40, 0.9), (1.3, None, 0.5), (0.2, 1, 1.0)]
+    together = sample_tokens(logits, uniforms, *map(list, zip(*settings)))
+    for i, (temperature, top_k, top_p) in enumerate(settings):
+        assert sample_tokens(logits[i:i + 1], uniforms[i:i + 1], [temperature], [top_k], [top_p])[0] == together[i]
+
+
+def chatty(tokenizer):
+    """A model that often calls the calculator, with numbers."""
+    torch.manual_seed(1)
+    config = GPTConfig(sequence_len=256, vocab_size=tokenizer.get_vocab_size(), n_layer=4, n_head=2, n_kv_head=1,
+                       n_embd=64, window_pattern="SL")
+    model = build_model(config, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "c_proj" in name or "lm_head" in name:
+                p.normal_(std=0.3)
+        wte, head, digit = model.transformer.wte.weight, model.lm_head.weight, tokenizer.encode("7")[0]
+        begin, end = tokenizer.encode_special("<|python_start|>"), tokenizer.encode_special("<|python_end|>")
+        for before, after in [(begin, digit), (digit, end)] + [(token, begin) for token in range(0, 500, 10)]:
+            head[after] += wte[before]  # makes `after` follow `before`
+    return model.for_inference()
+
+
+def test_busy_batch_equals_each_request_alone(tokenizer):
+    """200 greedy requests that come, go and are cancelled while others run, with tools: each as if it were alone."""
+    model, rng = chatty(tokenizer), random.Random(0)
+    beginning = [rng.randrange(600) for _ in range(90)]  # shared by some, so that prefixes are reused and copied
+    prompts = [(beginning[:rng.randrange(90)] if rng.random() < 0.4 else [])
+               + [rng.randrange(600) for _ in range(rng.randrange(1, 150))] for _ in range(200)]
+    lengths = [rng.choice((1, 5, 20, 60, None)) for _ in prompts]
+    engine = Engine(model, tokenizer, slots=8)
+    sequences, cancelled = [], set()
+    while len(sequences) < 200 or engine.busy:
+        for _ in range(rng.randrange(4)):
+            if len(sequences) < 200:
+                sequences.append(engine.submit(Request(prompts[len(sequences)], lengths[len(sequences)], temperature=0)))
+        engine.step()
+        if rng.random() < 0.1 and sequences:
+            victim = rng.randrange(len(sequences))
+            if not sequences[victim].done:
+                engine.cancel(sequences[victim])
+                cancelled.add(victim)
+    assert engine.active == 0 and engine.reused_tokens > 500 and 10 < len(cancelled) < 100
+    called = 0
+    for i, sequence in enumerate(sequences):
+        (alone,) = Engine(model, tokenizer).generate_many([prompts[i]], max_tokens=lengths[i], temperature=0)
+        got = sequence.completion
+        if i in cancelled:
+            assert got.finish_reason == "cancelled" and got.tokens == alone.tokens[:len(got.tokens)]
+        else:
+            assert got == alone
+        called += 0 in got.mask
+    assert called > 10
+
+
+def test_next_turn_does_not_compute_the_earlier_ones_again(tokenizer):
+    engine = Engine(chatty(tokenizer), tokenizer, slots=2)
+    prompt = list(range(100, 160))
+    first = engine.generate_many([prompt], max_tokens=20, temperature=0)[0]
+    before = engine.prefilled_tokens
+    turn = prompt + first.tokens + [7, 8, 9]
+    second = engine.generate_many([turn], max_tokens=20, temperature=0)[0]
+    assert engine.prefilled_tokens - before <= 4  # the last token of the answer and the new ones but the last
+    assert second == Engine(engine.model, tokenizer).generate_many([turn], max_tokens=20, temperature=0)[0]
+
+
+def test_long_prompt_does_not_stall_the_others(tokenizer):
+    """While 200 tokens are read in pieces, the running sequence gets a token every step."""
+    engine = Engine(chatty(tokenizer), tokenizer, slots=2)
+    running = engine.submit(Request([1, 2, 3], temperature=0))
+    engine.step()
+    late = engine.submit(Request(list(range(200)), temperature=0))
+    while not late.completion.tokens:
+        before = len(running.completion.tokens)
+        engine.step()
+        assert running.done or len(running.completion.tokens) == before + 1
+    assert engine.steps >= 3
+
+
+def test_sampled_request_does_not_depend_on_the_others(tokenizer):
+    model, rng = chatty(tokenizer), random.Random(3)
+    requests = [Request([rng.randrange(600) for _ in range(rng.randrange(2, 60))], rng.choice((10, 40)),
+                        rng.choice((0.0, 0.7, 1.0)), rng.choice((None, 3, 50)), rng.choice((1.0, 0.8)), seed)
+                for seed in range(24)]
+    engine = Engine(model, tokenizer, slots=5)
+    together = [engine.submit(request) for request in requests]
+    while engine.busy:
+        engine.step()
+    for sequence in together:
+        alone = Engine(model, tokenizer)
+        single = alone.submit(sequence.request)
+        while alone.busy:
+            alone.step()
+        assert single.completion == sequence.completion
+
+
+def test_stop_strings(engine):
+    prompt = [1, 2, 3]
+    free = engine.generate_many([prompt], max_tokens=40, temperature=0)[0]
+    text = engine.tokenizer.decode(free.tokens)
+    stop = text[len(text) // 2:len(text) // 2 + 3]
+    stopped = engine.generate_many([prompt], max_tokens=40, temperature=0, stop=("never there", stop))[0]
+    assert stopped.finish_reason == "stop" and stopped.text == text[:text.index(stop)]
+    unstopped = engine.generate_many([prompt], max_tokens=40, temperature=0, stop=("never there",))[0]
+    assert unstopped.text == text and unstopped.finish_reason == free.finish_reason
+
+
+def test_answer_stream_holds_back_what_may_become_a_stop_string(tokenizer):
+    stream, out = AnswerStream(tokenizer, ("STOP",)), []
+    for letter in "say STO-STOP it":
+        (token,) = tokenizer.encode(letter)
+        out.append("".join(text for _, text in stream.push(token)))
+    assert out[4:8] == ["", "", "", "STO-"] and "".join(out) == "say STO-" and stream.stopped
+    whole = AnswerStream(tokenizer, ("STOP",))
+    pieces = [piece for letter in "a ST" for piece in whole.push(tokenizer.encode(letter)[0])] + whole.flush()
+    assert "".join(text for _, text in pieces) == "a ST"
+
+
+def test_answer_parts(tokenizer):
+    s = tokenizer.encode_special
+    tokens = [*tokenizer.encode("So: "), s("<|python_start|>"), *tokenizer.encode("6*7"), s("<|python_end|>"),
+              s("<|output_start|>"), *tokenizer.encode("42"), s("<|output_end|>"), *tokenizer.encode(" it is")]
+    stream = AnswerStream(tokenizer)
+    pieces = [piece for token in tokens for piece in stream.push(token)] + stream.flush()
+    assert join_pieces(pieces) == [{"type": "text", "text": "So: "}, {"type": "python", "text": "6*7"},
+                                   {"type": "python_output", "text": "42"}, {"type": "text", "text": " it is"}]
 
 
 def test_tool_call(engine):

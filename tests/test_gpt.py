@@ -135,14 +135,47 @@ def test_rows_of_a_cache_have_their_own_lengths():
     cache = KVCache.for_model(model, 2, 220)
     with torch.no_grad():
         for row, prompt in enumerate((long, short)):
-            single = KVCache.for_model(model, 1, prompt.size(1))
-            model.next_logits(prompt, single)
-            cache.set_row(row, single)
+            model.next_logits(prompt, cache.rows([row]))
         step = torch.tensor([[5], [9]])
         both = model.next_logits(step, cache)
         for row, prompt in enumerate((long, short)):
             alone = model(torch.cat((prompt, step[row:row + 1]), dim=1))[0, -1]
             torch.testing.assert_close(both[row], alone, rtol=0, atol=1e-4)
+
+
+def test_padded_rows_of_a_chunk():
+    """Rows with fewer tokens than the chunk, on slots in another order; what padding writes disturbs nobody."""
+    model = lively()
+    prompts = [torch.randint(0, 100, (n,)) for n in (150, 40, 97)]
+    cache = KVCache.for_model(model, 4, 160)
+    slots, chunk = [2, 0, 3], 50
+    with torch.no_grad():
+        for start in range(0, 150, chunk):
+            live = [i for i, prompt in enumerate(prompts) if len(prompt) > start]
+            pieces = [prompts[i][start:start + chunk] for i in live]
+            padded = torch.stack([torch.cat((p, torch.zeros(chunk - len(p), dtype=torch.long))) for p in pieces])
+            model.features(padded, cache.rows([slots[i] for i in live], [len(p) for p in pieces]))
+        assert cache.lengths == [40, 0, 150, 97]
+        step = torch.tensor([[5], [9], [3]])
+        together = model.next_logits(step, cache.rows(slots))
+        for i, prompt in enumerate(prompts):
+            alone = model(torch.cat((prompt, step[i]))[None])[0, -1]
+            torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-4)
+
+
+def test_copied_and_shortened_rows():
+    """A slot that takes over the first part of another's goes on as if it had read that itself."""
+    model = lively()
+    prompt, other = torch.randint(0, 100, (180,)), torch.randint(0, 100, (60,))
+    cache = KVCache.for_model(model, 2, 200)
+    with torch.no_grad():
+        model.next_logits(prompt[None], cache.rows([0]))
+        cache.set_row(1, 140, int(prompt[139]), source=0)
+        cache.set_row(0, 30, int(prompt[29]))
+        for slot, length in ((1, 140), (0, 30)):
+            got = model.next_logits(other[None], cache.rows([slot]))
+            expected = model(torch.cat((prompt[:length], other))[None])[:, -1]
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
 def test_single_token_without_cache():

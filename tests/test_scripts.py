@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -173,12 +174,41 @@ def test_conversation_in_the_terminal(trained, monkeypatch, capsys):
     assert out.count("nanochat: ") == 2 and "(forgotten)" in out and "unknown command /what" in out
 
 
+def test_tool_calls_in_the_terminal():
+    out = []
+    printer = chat_cli.Printer(out.append)
+    for piece in [("text", "It is "), ("python", ""), ("python", "1+"), ("python", "1"), ("text", ""),
+                  ("python_output", ""), ("python_output", "2"), ("text", ""), ("text", " I"), ("text", " think"),
+                  ("python", ""), ("python", "x"), ("text", "")]:
+        printer.push(*piece)
+    printer.close()
+    assert "".join(out) == "It is [1+1 = 2] I think[x]"
+
+
+def test_an_answer_can_be_interrupted(trained, capsys, monkeypatch):
+    step = chat_cli.Engine.step
+
+    def interrupting(engine):
+        if engine.steps == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(engine)
+
+    monkeypatch.setattr(chat_cli.Engine, "step", interrupting)
+    chat_cli.main(["-p", "Hello", "--seed", "1", "-t", "2"])
+    assert capsys.readouterr().out.endswith("\n[stopped]\n")
+
+
 def test_full_context_is_told(trained, tokenizer, capsys):
     turns = [{"role": role, "content": "word " * 15} for _ in range(10) for role in ("user", "assistant")]
     messages = [*turns, {"role": "user", "content": "and now?"}]
-    kept, dropped = chat_cli.forget_oldest(tokenizer, messages, 100)
-    assert dropped > 0 and len(kept) == 21 - 2 * dropped and kept[-1]["content"] == "and now?"
-    assert len(tokenizer.render_for_completion({"messages": kept})) <= 100
+    prompt, kept, tokens = tokenizer.fit_conversation(messages, 100)
+    assert 1 < len(kept) < 21 and kept == messages[-len(kept):] and len(kept) % 2
+    assert prompt == tokenizer.render_for_completion({"messages": kept}) and len(prompt) == tokens <= 100
+    longer = tokenizer.render_for_completion({"messages": messages[-len(kept) - 2:]})
+    assert len(longer) > 100  # no more than needed went
+    prompt, kept, tokens = tokenizer.fit_conversation([{"role": "user", "content": "word " * 300}], 50)
+    assert len(prompt) == 50 and prompt[0] == tokenizer.get_bos_token_id() and tokens > 300
+    assert tokenizer.fit_conversation([{"role": "user", "content": "word"}], 1)[0] == prompt[:1]
     chat_cli.main(["-p", "word " * 300, "-m", "5"])
     assert "only its end is read" in capsys.readouterr().out
 

@@ -7,10 +7,11 @@ from decimal import Decimal
 import pytest
 import torch
 
-from nanochat import synthetic
+from nanochat import chat_eval, synthetic
 from nanochat.calculator import calculate
 from nanochat.chat_eval import evaluate_task
 from nanochat.common import UserError
+from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig, build_model
 from tasks.arc import ARC
 from tasks.builtin import GENERATORS, BuiltinChat, Identity
@@ -216,9 +217,12 @@ def test_generative_evaluation_counts_right_answers(tokenizer, cpu):
 
     task = Lenient("facts", 12)
     expected = sum(len(task[i]["messages"][0]["content"]) % 2 == 0 for i in range(12))
+    engine = Engine(model, tokenizer)
     prompts = []
-    model.next_logits, original = (lambda idx, cache: (prompts.append(idx.shape), original(idx, cache))[1]), model.next_logits
-    evaluate_task(model, tokenizer, task, cpu, max_new_tokens=512, max_problems=2)
-    assert max(shape[1] for shape in prompts) > 10  # a generous limit leaves the question its room
+    engine.submit, submit = (lambda request: (prompts.append(len(request.prompt)), submit(request))[1]), engine.submit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_eval, "Engine", lambda *_: engine)
+        evaluate_task(model, tokenizer, task, cpu, max_new_tokens=512, max_problems=2)
+    assert max(prompts) > 10  # a generous limit leaves the question its room
     result = evaluate_task(model, tokenizer, task, cpu, batch_size=5, max_new_tokens=4)
     assert (result.correct, result.total, result.baseline) == (expected, 12, 0.0)

@@ -1,0 +1,125 @@
+"""The C kernels of decoding on CPUs (cpu_kernels.c): compiled once, in about a second, and called through ctypes.
+
+B rows, N outputs, K inputs, C channels, H query heads, Hkv key/value heads, D head dim, S cache places.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -shared -fPIC".split()
+THREADS = (["-fopenmp"], ["-fopenmp-simd"])  # Apple's clang has no OpenMP: one thread then
+DTYPE_FLAGS = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
+MAX_ROWS = 64  # beyond that PyTorch's matrix products are faster
+
+
+class BlockArguments(ctypes.Structure):
+    """What a layer needs, as in cpu_kernels.c."""
+
+    _fields_ = [(name, kind) for kind, names in (
+        (c_void_p, "x x0 c_q c_k c_v c_proj ve_gate c_fc mlp_c_proj value_embedding cos sin"),
+        (c_void_p, "k_cache v_cache scratch out slots lengths"),
+        (c_int64, "B C F H Hkv D gate_channels window slot_stride head_stride place_stride threads"),
+        (c_float, "resid_lambda x0_lambda qk_scale epsilon")) for name in names.split()]
+
+
+def _build(dtype: torch.dtype) -> Path:
+    """The library compiled for this processor; OSError where that cannot be done."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), None)
+    if compiler is None:
+        raise OSError("no C compiler here (install gcc)")
+    processor = next((line for line in _cpuinfo() if line.startswith(("flags", "Features"))), platform.processor())
+    flags = [*FLAGS, *DTYPE_FLAGS[dtype]]
+    key = hashlib.sha256("\n".join((SOURCE.read_text(), compiler, *flags, processor)).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"nanochat-kernels-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to someone else")
+    library = folder / f"{key}.so"
+    if not library.exists():
+        fresh = library.with_name(f"{key}.{os.getpid()}.so")
+        for threads in THREADS:
+            done = subprocess.run([compiler, *flags, *threads, str(SOURCE), "-o", str(fresh), "-lm"], capture_output=True)
+            if done.returncode == 0:
+                break
+        else:
+            raise OSError(f"{compiler}: {done.stderr.decode(errors='replace').strip()[:300]}")
+        fresh.replace(library)
+    return library
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+@functools.cache
+def load(dtype: torch.dtype):
+    """The library for a dtype, None where there is none and PyTorch has to do; NANOCHAT_CPU_KERNELS=0 switches it off."""
+    if os.environ.get("NANOCHAT_CPU_KERNELS") == "0" or dtype not in DTYPE_FLAGS:
+        return None
+    try:
+        library = ctypes.CDLL(str(_build(dtype)))
+    except (OSError, AttributeError) as error:  # AttributeError: no os.getuid on Windows
+        print(f"decoding with PyTorch alone, several times slower: the C kernels cannot be had here ({error})", flush=True)
+        return None
+    library.linear.argtypes, library.linear.restype = [c_void_p] * 3 + [c_int64] * 3 + [c_int], None
+    library.block.argtypes, library.block.restype = [ctypes.POINTER(BlockArguments)], None
+    return library
+
+
+def fits_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `linear` takes this product: on the CPU, without gradients, few rows, N a multiple of 4 and K of 32."""
+    if torch.is_grad_enabled() or not x.is_cpu or x.numel() > MAX_ROWS * x.size(-1):
+        return False
+    N, K = weight.shape
+    return (K % 32 == 0 and N % 4 == 0 and x.dtype == weight.dtype and weight.is_contiguous()
+            and not torch.compiler.is_compiling() and load(x.dtype) is not None)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., K) times weight (N, K) transposed -> (..., N), for what `fits_linear`."""
+    x = x.contiguous()
+    N, K = weight.shape
+    out = x.new_empty(*x.shape[:-1], N)
+    load(x.dtype).linear(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // K, N, K, torch.get_num_threads())
+    return out
+
+
+def fits_block(x: torch.Tensor, head_dim: int) -> bool:
+    """Whether `block` takes x (B, T, C): on the CPU, without gradients, one position a row, C and D multiples of 32."""
+    return (x.is_cpu and x.size(1) == 1 and x.size(2) % 32 == 0 and head_dim % 32 == 0 and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling() and load(x.dtype) is not None)
+
+
+def block(layer, x, x0, lambdas: tuple[float, float], value_embedding, cos_sin, window: int, cache, qk_scale: float,
+          epsilon: float) -> torch.Tensor:
+    """Block.begin and Block.finish in one for x (B, 1, C); stores keys and values in `cache` -> (B, 1, C)."""
+    attention, mlp, dtype, rows = layer.attn, layer.mlp, x.dtype, cache.rows
+    B, _, C = x.shape
+    H, Hkv, D = attention.n_head, attention.n_kv_head, attention.head_dim
+    gate = attention.ve_gate
+    weights = [None if linear is None else linear.weight_as(dtype).contiguous() for linear in (
+        attention.c_q, attention.c_k, attention.c_v, attention.c_proj, gate, mlp.c_fc, mlp.c_proj)]
+    F = len(weights[5])
+    out, scratch = torch.empty_like(x), x.new_empty(B * (3 * C + 2 * Hkv * D + F))
+    tensors = [x.contiguous(), x0.contiguous(), *weights, value_embedding, *(t.contiguous() for t in cos_sin),
+               cache.k_cache, cache.v_cache, scratch, out, rows.slot_index, rows.lengths]
+    slot_stride, place_stride, head_stride, _ = cache.k_cache.stride()
+    load(dtype).block(BlockArguments(
+        *(None if t is None else t.data_ptr() for t in tensors), B, C, F, H, Hkv, D,
+        0 if gate is None else weights[4].size(1), window, slot_stride, head_stride, place_stride,
+        torch.get_num_threads(), *lambdas, qk_scale, epsilon))
+    return out

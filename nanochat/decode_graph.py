@@ -1,0 +1,1 @@
+class DecodeGraphs: pass
