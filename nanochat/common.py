@@ -269,17 +269,18 @@ def autodetect_device_type() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def compute_init(device_type: str = "", dtype: torch.dtype | None = None, seed: int = 42) -> Runtime:
+def compute_init(device_type: str = "", dtype: torch.dtype | None = None, seed: int = 42, index: int = 0) -> Runtime:
     """Seed, pick device and dtype, join the process group (NCCL on CUDA, gloo elsewhere) under torchrun.
 
-    Give `dtype` to go on with what a checkpoint was made in; NANOCHAT_DTYPE has the last word.
+    Give `dtype` to go on with what a checkpoint was made in; NANOCHAT_DTYPE has the last word. `index`: which GPU, outside
+    torchrun.
     """
     device_type = device_type or autodetect_device_type()
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device_type)
     if available and not available():
         raise UserError(f"--device-type={device_type}, but PyTorch sees no such device here; leave the flag out")
     here = ranks.place()
-    rank, local_rank, world_size = here["rank"], here["local_rank"], here["world_size"]
+    rank, local_rank, world_size = here["rank"], here["local_rank"] or index, here["world_size"]
     if device_type == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} here; "
                         f"use torchrun --nproc_per_node={torch.cuda.device_count()}")

@@ -18,6 +18,7 @@ from nanochat.kv_cache import KVCache
 from nanochat.sampling import sample_tokens
 
 CHUNK_TOKENS = {"cuda": 2048, "cpu": 128}  # prompt tokens of one step, so that long prompts do not stall the others
+MAX_SLOTS = {"cuda": 256, "cpu": 64}
 MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}  # of what is free, for the cache
 MIN_ANSWER_TOKENS = 32  # room that a conversation leaves for the answer
 WORTH_SHARING_TOKENS = 16  # a common beginning at least so long decides which slot a prompt goes to
@@ -64,6 +65,7 @@ class Sequence:
         self.tokens = list(request.prompt)  # prompt and continuation
         self.limit = min(engine.context - len(self.tokens),
                          engine.context if request.max_tokens is None else request.max_tokens)
+        self.reused = 0  # tokens of the prompt that were in the cache already
         self.completion = Completion()
         self.answer = AnswerStream(engine.tokenizer, request.stop) if request.stop or request.text else None
         self.forced: deque[int] = deque()
@@ -166,7 +168,7 @@ class Engine:
             self.cache = self.graphs = None
         device = self.model.device
         room = MEMORY_SHARE.get(device.type, 0.5) * free_memory_bytes(device)
-        slots = max(1, min(slots, int(room / KVCache.slot_bytes(self.model, length)) - 1))
+        slots = max(1, min(slots, MAX_SLOTS.get(device.type, 64), int(room / KVCache.slot_bytes(self.model, length)) - 1))
         self.cache = KVCache.for_model(self.model, slots, length)
         self.graphs = DecodeGraphs(self.model, self.cache) if device.type == "cuda" else None
         self.occupants: list[Sequence | None] = [None] * slots
@@ -200,6 +202,7 @@ class Engine:
                 continue
             slot, source, length = place
             self.cache.set_row(slot, length, sequence.tokens[length - 1], source)
+            sequence.reused = length
             self.reused_tokens += length
             self.waiting.remove(sequence)
             self.occupants[slot], self.since[slot] = sequence, self.steps

@@ -197,26 +197,26 @@ class RustBPETokenizer:
         Learnt: assistant text, python calls and <|assistant_end|>. Not learnt: everything else, tool output included.
         """
         ids, mask = [self.get_bos_token_id()], [0]
-
-        def add(tokens: list[int], learnt: int):
-            ids.extend(tokens)
-            mask.extend([learnt] * len(tokens))
-
         for message in check_conversation(conversation):
-            content = message["content"]
-            if message["role"] == "user":
-                add([self.encode_special("<|user_start|>"), *self.encode(content),
-                     self.encode_special("<|user_end|>")], 0)
-                continue
-            add([self.encode_special("<|assistant_start|>")], 0)
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                markers = PART_TYPES[part["type"]]
-                tokens = self.encode(part["text"])
-                if markers:
-                    tokens = [self.encode_special(markers[0]), *tokens, self.encode_special(markers[1])]
-                add(tokens, int(part["type"] != "python_output"))
-            add([self.encode_special("<|assistant_end|>")], 1)
+            for tokens, learnt in self._render_message(message):
+                ids.extend(tokens)
+                mask.extend([learnt] * len(tokens))
         return ids[:max_tokens], mask[:max_tokens]
+
+    def _render_message(self, message: dict):
+        """Yields (ids, learnt) of a message's parts."""
+        special, content = self.encode_special, message["content"]
+        if message["role"] == "user":
+            yield [special("<|user_start|>"), *self.encode(content), special("<|user_end|>")], 0
+            return
+        yield [special("<|assistant_start|>")], 0
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            markers = PART_TYPES[part["type"]]
+            tokens = self.encode(part["text"])
+            if markers:
+                tokens = [special(markers[0]), *tokens, special(markers[1])]
+            yield tokens, int(part["type"] != "python_output")
+        yield [special("<|assistant_end|>")], 1
 
     def render_for_completion(self, conversation: dict, max_tokens: int | None = None) -> list[int]:
         """Ids that prime the assistant's next answer; a final assistant message is left out, a prompt over
@@ -234,11 +234,13 @@ class RustBPETokenizer:
         """(prompt, messages, tokens) of a conversation for the next answer; its oldest exchanges are left out, as few as
         needed to render within `limit` tokens. If the last message alone is longer, the prompt holds its end, and `tokens`
         says how many it has."""
-        tokens = len(self.render_for_completion({"messages": messages}))
-        while tokens > limit and len(messages) > 2:
-            messages = messages[2:]
-            tokens = len(self.render_for_completion({"messages": messages}))
-        return self.render_for_completion({"messages": messages}, limit), messages, tokens
+        messages = check_conversation({"messages": messages})
+        sizes = [sum(len(ids) for ids, _ in self._render_message(message)) for message in messages]
+        first, tokens = 0, sum(sizes) + 2  # <|bos|> and <|assistant_start|>
+        while tokens > limit and first < len(messages) - 1:
+            tokens -= sum(sizes[first:first + 2])
+            first += 2
+        return self.render_for_completion({"messages": messages[first:]}, limit), messages[first:], tokens
 
     def visualize_tokenization(self, ids: list[int], mask: list[int]) -> str:
         """The tokens in colour for a terminal: green is learnt, red is not."""

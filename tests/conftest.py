@@ -7,6 +7,7 @@ for name in ("NANOCHAT_DATA_DIR", "NANOCHAT_DATASETS_DIR", "NANOCHAT_ATTENTION",
     os.environ.pop(name, None)
 
 import random  # noqa: E402
+import threading  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -16,6 +17,7 @@ from nanochat import synthetic  # noqa: E402
 from nanochat.common import Runtime  # noqa: E402
 from nanochat.dataset import write_parquet  # noqa: E402
 from nanochat.tokenizer import RustBPETokenizer  # noqa: E402
+from dev.parrot import serve, teach  # noqa: E402
 
 WORDS = ("table apple letter window garden yellow summer butter coffee dinner pepper rabbit kitten mirror pillow "
          "banana cherry orange silver copper planet rocket engine bridge castle forest island jungle meadow river "
@@ -63,3 +65,23 @@ def base_dir(tmp_path, monkeypatch, tokenizer, corpus_dir) -> Path:
 @pytest.fixture
 def cpu() -> Runtime:
     return Runtime(torch.device("cpu"), torch.float32, "test")
+
+
+@pytest.fixture(scope="session")
+def parrot(tmp_path_factory) -> Path:
+    """A base directory with a chat model that knows the conversations of dev/parrot.py by heart."""
+    base = tmp_path_factory.mktemp("parrot")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        return teach(base)
+
+
+@pytest.fixture(scope="session")
+def server(parrot) -> str:
+    """Address of a chat server with that model, a process of its own."""
+    process, port = serve(parrot, "--slots", "8", "--max-queue", "8")
+    reader = threading.Thread(target=lambda: list(process.stdout), daemon=True)  # so that its log never blocks it
+    reader.start()
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    assert process.wait(20) == 0

@@ -1,0 +1,506 @@
+"""The web server: the chat page, its streaming protocol, and OpenAI's chat completions, over engines in other processes."""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import re
+import secrets
+import statistics
+import time
+import uuid
+import zlib
+from collections import Counter, deque
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from nanochat import api
+from nanochat.answer import join_pieces
+from nanochat.common import UserError
+from nanochat.engine import Request, prompt_limit
+from nanochat.replica import Replica, Ticket
+
+MAX_BODY_BYTES = 2**20
+DISCARDED_BODY_BYTES = 2**26  # of a body that is too big so much is still read, so that the client gets to see why
+BODY_SECONDS = 20  # a request's body has to arrive within
+RETRY_AFTER_SECONDS = 2
+PAGE = Path(__file__).with_name("ui.html")
+OPEN_PATHS = ("/", "/health")  # served without an API key
+NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # also for proxies in between
+FAILURES = ("error", "shutdown")  # ends that the only piece of the event explains
+FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length"}  # ours -> OpenAI's
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the server behaves; sampling defaults apply where a request says nothing."""
+
+    model_name: str = "nanochat"
+    max_tokens: int = 512
+    temperature: float = 0.6
+    top_k: int = 50
+    top_p: float = 1.0
+    max_queue: int = 64
+    api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    log_content: bool = False
+    drain_seconds: float = 30.0
+
+
+class Refusal(Exception):
+    """An answer other than 200: status, what is wrong, and OpenAI's words for it."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+def refusal_response(path: str, refusal: Refusal) -> JSONResponse:
+    """In the form that the path's protocol has for errors."""
+    kinds = {401: "authentication_error", 503: "server_error", 500: "server_error"}
+    body = {"detail": refusal.message} if not path.startswith("/v1/") else {"error": {
+        "message": refusal.message, "type": kinds.get(refusal.status, "invalid_request_error"), "param": refusal.param,
+        "code": refusal.code}}
+    headers = {503: {"Retry-After": str(RETRY_AFTER_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}
+    return JSONResponse(body, refusal.status, headers.get(refusal.status))
+
+
+class Guard:
+    """ASGI middleware in front of everything: the API key, and bodies that are too big or too slow."""
+
+    def __init__(self, app, settings: Settings):
+        self.app, self.settings = app, settings
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            self._check_key(scope)
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await self._body(receive)
+        except TimeoutError:
+            return await self._refuse(Refusal(408, f"the request's body did not arrive within {BODY_SECONDS} s"), scope, receive,
+                                      send)
+        except Refusal as refusal:
+            return await self._refuse(refusal, scope, receive, send)
+        if body is not None:
+            first = [{"type": "http.request", "body": body, "more_body": False}]
+
+            async def receive_rest():
+                return first.pop() if first else await receive()
+
+            await self.app(scope, receive_rest, send)
+
+    def _check_key(self, scope) -> None:
+        key = self.settings.api_key
+        if key and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given.removeprefix(b"Bearer "), key.encode()):
+                raise Refusal(401, "this server wants its API key: Authorization: Bearer <key>", code="invalid_api_key")
+
+    @staticmethod
+    async def _body(receive) -> bytes | None:
+        body, size, more = bytearray(), 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            size += len(chunk)
+            if size <= MAX_BODY_BYTES:
+                body += chunk
+            elif size > DISCARDED_BODY_BYTES:
+                break
+        if size > MAX_BODY_BYTES:
+            raise Refusal(413, f"the request's body is larger than {MAX_BODY_BYTES} bytes")
+        return bytes(body)
+
+    @staticmethod
+    async def _refuse(refusal, scope, receive, send):
+        await refusal_response(scope["path"], refusal)(scope, receive, send)
+
+
+class Service:
+    """The replicas, who gets which, and what has been counted."""
+
+    def __init__(self, replicas: list[Replica], tokenizer, settings: Settings):
+        self.replicas, self.tokenizer, self.settings = replicas, tokenizer, settings
+        self.started, self.draining = time.time(), False
+        self.counts: Counter = Counter()
+        self.first_token_s: deque[float] = deque(maxlen=1000)
+
+    @property
+    def context(self) -> int:
+        return min(replica.facts["context"] for replica in self.replicas if replica.facts)
+
+    @property
+    def slots(self) -> int:
+        return sum(replica.facts["slots"] for replica in self.replicas if replica.state == "ready")
+
+    @property
+    def running(self) -> int:
+        return sum(len(replica.tickets) for replica in self.replicas)
+
+    def submit(self, requests: list[Request], home: str, events: asyncio.Queue) -> list[Ticket]:
+        """Put the requests of one client on one replica: that where its conversation began, unless others have less to do."""
+        ready = [replica for replica in self.replicas if replica.state == "ready"]
+        if self.draining or not ready:
+            raise Refusal(503, "the server is shutting down" if self.draining else "no engine is running; try again soon")
+        if self.running + len(requests) > self.slots + self.settings.max_queue:
+            self.counts["rejected"] += 1
+            raise Refusal(503, f"all {self.slots} slots are taken and {self.running - self.slots} wait; try again in "
+                               f"{RETRY_AFTER_SECONDS} s", code="queue_full")
+        least = min(len(replica.tickets) for replica in ready)
+        preferred = ready[zlib.crc32(home.encode("utf-8", "replace")) % len(ready)]
+        replica = preferred if len(preferred.tickets) <= least + 1 else min(ready, key=lambda r: len(r.tickets))
+        self.counts["accepted"] += len(requests)
+        return [replica.submit(request, events) for request in requests]
+
+    def finished(self, ticket: Ticket) -> None:
+        """Count a ticket that came to its end, whichever."""
+        if ticket.first_token_s is not None:
+            self.first_token_s.append(ticket.first_token_s)
+        self.counts[{"error": "failed", "cancelled": "cancelled", "shutdown": "cancelled"}.get(
+            ticket.finish_reason, "completed")] += 1
+
+    async def drain(self) -> None:
+        """Take nothing new, let what runs finish, tell what does not finish in time."""
+        self.draining = True
+        deadline = time.monotonic() + self.settings.drain_seconds
+        if self.running:
+            print(f"shutting down: {self.running} answers have {self.settings.drain_seconds:g} s to finish (again to leave at "
+                  "once)", flush=True)
+        while self.running and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        for replica in self.replicas:
+            for ticket in list(replica.tickets.values()):
+                ticket.end("shutdown", "the server is shutting down")
+
+    def stats(self) -> dict:
+        quantiles = statistics.quantiles(self.first_token_s, n=20, method="inclusive") if len(self.first_token_s) > 1 else [None] * 19
+        devices = [{"index": i, "state": r.state, **r.facts, **r.counters, "tokens_per_s": round(r.tokens_per_s(), 1),
+                    "restarts": r.restarts, "pid": r.process.pid} for i, r in enumerate(self.replicas)]
+        active = sum(device["active"] if replica.tickets else 0 for device, replica in zip(devices, self.replicas))
+        return {"model": self.settings.model_name, "context": self.context, "uptime_s": round(time.time() - self.started, 1),
+                "draining": self.draining, "slots": {"total": self.slots, "active": active},
+                "queue": {"waiting": max(0, self.running - active), "limit": self.settings.max_queue},
+                "running": self.running, "tokens_per_s": round(sum(d["tokens_per_s"] for d in devices), 1),
+                "requests": {name: self.counts[name] for name in
+                             ("accepted", "completed", "cancelled", "failed", "rejected")},
+                "first_token_s": {"p50": quantiles[9], "p95": quantiles[18]}, "devices": devices}
+
+
+def prometheus(stats: dict) -> str:
+    """The same counts as text for Prometheus."""
+    lines = []
+
+    def add(name, kind, values):  # values: (labels, number)
+        lines.append(f"# TYPE nanochat_{name} {kind}")
+        lines.extend(f"nanochat_{name}{labels} {value}" for labels, value in values)
+
+    add("requests_total", "counter", [(f'{{state="{state}"}}', n) for state, n in stats["requests"].items()])
+    add("requests_running", "gauge", [("", stats["running"])])
+    add("queue_waiting", "gauge", [("", stats["queue"]["waiting"])])
+    for state in ("p50", "p95"):
+        if stats["first_token_s"][state] is not None:
+            add(f"first_token_seconds_{state}", "gauge", [("", stats["first_token_s"][state])])
+    for name, kind, key in (("slots", "gauge", "slots"), ("slots_active", "gauge", "active"),
+                            ("tokens_per_second", "gauge", "tokens_per_s"), ("generated_tokens_total", "counter", "generated"),
+                            ("prefilled_tokens_total", "counter", "prefilled"), ("reused_tokens_total", "counter", "reused"),
+                            ("engine_restarts_total", "counter", "restarts")):
+        add(name, kind, [(f'{{device="{d["index"]}"}}', d[key]) for d in stats["devices"] if key in d])
+    return "\n".join(lines) + "\n"
+
+
+class Exchange:
+    """One HTTP request for an answer, or several: its prompt, its tickets, and what is logged of it."""
+
+    def __init__(self, service: Service, http: HttpRequest, body: api.Conversation, max_tokens: int | None, n: int,
+                 may_forget: bool):
+        settings, tokenizer = service.settings, service.tokenizer
+        self.service, self.http, self.body = service, http, body
+        turns = body.turns()
+        max_tokens = max_tokens or settings.max_tokens
+        limit = prompt_limit(service.context, max_tokens) if may_forget else service.context - 1
+        self.prompt, kept, tokens = tokenizer.fit_conversation(turns, limit)
+        if not may_forget and (len(kept) < len(turns) or tokens > limit):
+            raise Refusal(400, f"the conversation does not fit into the context of {service.context} tokens: leave out its "
+                               "oldest messages", "messages", "context_length_exceeded")
+        self.forgotten, self.cut = (len(turns) - len(kept)) // 2, max(0, tokens - limit)
+        seed = secrets.randbits(48) if body.seed is None else body.seed
+
+        def default(value, otherwise):
+            return otherwise if value is None else value
+
+        requests = [Request(self.prompt, max_tokens, float(default(body.temperature, settings.temperature)),
+                            default(body.top_k, settings.top_k) or None, float(default(body.top_p, settings.top_p)),
+                            f"{seed}-{i}" if i else seed, body.stops, text=True) for i in range(n)]
+        self._events: asyncio.Queue = asyncio.Queue()
+        self.tickets = service.submit(requests, body.messages[0].characters, self._events)
+        self.device = service.replicas.index(self.tickets[0].replica)
+        self.pieces: list[list[tuple[str, str]]] = [[] for _ in self.tickets]
+        self._watcher = asyncio.create_task(self._cancel_when_gone())
+
+    async def _cancel_when_gone(self) -> None:
+        while (await self.http.receive())["type"] != "http.disconnect":
+            pass
+        for ticket in self.tickets:
+            ticket.end("cancelled")
+
+    async def events(self):
+        """Yields (choice, event), what has piled up of a choice as one; however it ends, no slot stays occupied."""
+        try:
+            left = len(self.tickets)
+            while left:
+                ticket, event = await self._events.get()
+                latest = {ticket: event}
+                while not self._events.empty():
+                    ticket, event = self._events.get_nowait()
+                    if ticket in latest and event.finish_reason not in FAILURES:
+                        event.pieces[:0] = latest[ticket].pieces
+                    latest[ticket] = event
+                for ticket, event in latest.items():
+                    choice = self.tickets.index(ticket)
+                    self.pieces[choice] += event.pieces if event.finish_reason not in FAILURES else []
+                    left -= event.finish_reason is not None
+                    yield choice, event
+        finally:
+            self._watcher.cancel()
+            for ticket in self.tickets:
+                ticket.end("cancelled")
+                self.service.finished(ticket)
+            self._log()
+
+    def speed(self) -> float:
+        """Tokens/s of all choices since the first token."""
+        tokens = sum(ticket.tokens for ticket in self.tickets)
+        first = min((t.started + t.first_token_s for t in self.tickets if t.first_token_s is not None), default=None)
+        return tokens / max(time.perf_counter() - first, 1e-3) if first and tokens else 0.0
+
+    def usage(self) -> dict:
+        return api.usage(len(self.prompt), self.tickets[0].reused, sum(ticket.tokens for ticket in self.tickets))
+
+    def _log(self) -> None:
+        first = self.tickets[0].first_token_s
+        log(self.http, f"{'/'.join(t.finish_reason for t in self.tickets)} | prompt {len(self.prompt)} "
+            f"({self.tickets[0].reused} cached) | answer {sum(t.tokens for t in self.tickets)} tokens"
+            + (f" | first after {1e3 * first:.0f} ms | {self.speed():.0f} tok/s" if first else "") + f" | device {self.device}")
+        if self.service.settings.log_content:
+            print(f"  asked: {self.body.messages[-1].characters!r}\n  answered: "
+                  + " / ".join(repr("".join(text for _, text in pieces)) for pieces in self.pieces), flush=True)
+
+
+def log(http: HttpRequest, text: str) -> None:
+    """One line; the request's content is not in it."""
+    client = http.client.host if http.client else "-"
+    print(f"{time.strftime('%H:%M:%S')} {client} {http.method} {http.url.path} | {text}", flush=True)
+
+
+# --- the chat page's protocol -----------------------------------------------------------------------------------------
+
+
+async def page_events(exchange: Exchange):
+    async for _, event in exchange.events():
+        if event.finish_reason in FAILURES:
+            yield api.event({"error": event.pieces[-1][1], "gpu": exchange.device})
+        for kind, text in event.pieces if event.finish_reason not in FAILURES else ():
+            part = {} if kind == "text" and text else {"part": kind}  # the kind where it is not text, and where a part begins
+            yield api.event({"token": text, "gpu": exchange.device} | part)
+        if event.finish_reason:
+            yield api.event({"done": True, "finish_reason": event.finish_reason, "forgotten": exchange.forgotten,
+                             "cut_tokens": exchange.cut, "tokens_per_s": round(exchange.speed(), 1)} | exchange.usage())
+
+
+# --- OpenAI's protocol ------------------------------------------------------------------------------------------------
+
+
+async def completion_chunks(exchange: Exchange, head: dict, include_usage: bool):
+    def chunk(choice, delta, finish_reason=None):
+        more = {"usage": None} if include_usage else {}
+        return api.event(head | {"object": "chat.completion.chunk", "choices": [
+            {"index": choice, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]} | more)
+
+    for choice in range(len(exchange.tickets)):
+        yield chunk(choice, {"role": "assistant", "content": ""})
+    async for choice, event in exchange.events():
+        if event.finish_reason in FAILURES:
+            yield api.event({"error": {"message": event.pieces[-1][1], "type": "server_error", "param": None, "code": None}})
+            return
+        for kind, text in event.pieces:
+            if kind == "text" and text:
+                yield chunk(choice, {"content": text})
+            elif kind != "text":
+                yield chunk(choice, {"content": "", "part": {"type": kind, "text": text}})
+        if event.finish_reason:
+            yield chunk(choice, {}, FINISH_REASONS.get(event.finish_reason, "stop"))
+    if include_usage:
+        yield api.event(head | {"object": "chat.completion.chunk", "choices": [], "usage": exchange.usage()})
+    yield api.event("[DONE]")
+
+
+async def whole_completion(exchange: Exchange, head: dict) -> dict:
+    async for _, event in exchange.events():
+        if event.finish_reason in FAILURES:
+            raise Refusal(503, event.pieces[-1][1])
+    choices = [{"index": i, "logprobs": None, "finish_reason": FINISH_REASONS.get(ticket.finish_reason, "stop"),
+                "message": {"role": "assistant", "content": api.text_of(pieces), "refusal": None,
+                            "parts": join_pieces(pieces)}}
+               for i, (ticket, pieces) in enumerate(zip(exchange.tickets, exchange.pieces))]
+    return head | {"object": "chat.completion", "choices": choices, "usage": exchange.usage()}
+
+
+# --- the application ----------------------------------------------------------------------------------------------------
+
+
+def page() -> tuple[str, dict]:
+    """The chat page, and headers that let nothing run but the script in it."""
+    html = PAGE.read_text()
+    hashes = {kind: " ".join("'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+                             for text in re.findall(rf"<{kind}>(.*?)</{kind}>", html, re.DOTALL))
+              for kind in ("script", "style")}
+    policy = (f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
+              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    return html, {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                  "Cache-Control": "no-cache"}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The routes over a service whose replicas are ready."""
+    settings = service.settings
+    created = int(service.started)
+    problems = {code: {"description": text} for code, text in (
+        (400, "the request is wrong; the answer says how"), (401, "an API key is wanted"), (404, "no such model"),
+        (408, "the body came too slowly"), (413, "the body is too big"), (503, "busy or shutting down; see Retry-After"))}
+    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, responses=problems)
+    app.add_middleware(Guard, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"])
+
+    @app.exception_handler(Refusal)
+    async def refused(http: HttpRequest, refusal: Refusal):
+        log(http, f"{refusal.status} {refusal.message}")
+        return refusal_response(http.url.path, refusal)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(http: HttpRequest, error: RequestValidationError):
+        place, text = api.reason(error.errors())
+        return await refused(http, Refusal(400, f"{place}: {text}" if place else text, place or None))
+
+    @app.exception_handler(HTTPException)
+    async def other(http: HttpRequest, error: HTTPException):
+        known = {404: "no such page; there are /, /chat/completions, /v1/chat/completions, /v1/models, /health, /stats, /metrics",
+                 400: api.NOT_JSON}
+        response = refusal_response(http.url.path, Refusal(error.status_code, known.get(error.status_code, error.detail)))
+        response.headers.update(error.headers or {})
+        return response
+
+    html, page_headers = page()
+
+    @app.get("/", response_class=HTMLResponse)
+    async def chat_page():
+        return HTMLResponse(html, headers=page_headers)
+
+    @app.post("/chat/completions")
+    async def chat(body: api.ChatRequest, http: HttpRequest):
+        exchange = Exchange(service, http, body, body.max_tokens, 1, may_forget=True)
+        return StreamingResponse(page_events(exchange), media_type="text/event-stream", headers=NO_BUFFER)
+
+    @app.post("/v1/chat/completions")
+    async def completions(body: api.CompletionRequest, http: HttpRequest):
+        known_model(body.model)
+        exchange = Exchange(service, http, body, body.max_completion_tokens or body.max_tokens, body.n or 1, may_forget=False)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": settings.model_name}
+        if not body.stream:
+            return JSONResponse(await whole_completion(exchange, head))
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        return StreamingResponse(completion_chunks(exchange, head, include_usage), media_type="text/event-stream",
+                                 headers=NO_BUFFER)
+
+    def known_model(name: str) -> dict:
+        if name not in (settings.model_name, "nanochat"):
+            raise Refusal(404, f"no model {name!r} here; there is {settings.model_name!r}", "model", "model_not_found")
+        return {"id": settings.model_name, "object": "model", "created": created, "owned_by": "nanochat"}
+
+    @app.get("/v1/models")
+    async def models():
+        return {"object": "list", "data": [known_model(settings.model_name)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str):
+        return known_model(name)
+
+    @app.get("/health")
+    async def health():
+        ready = sum(replica.state == "ready" for replica in service.replicas)
+        ok = ready > 0 and not service.draining
+        return JSONResponse({"status": "ok" if ok else "draining" if service.draining else "unavailable", "ready": ok,
+                             "model": settings.model_name, "engines": {"ready": ready, "total": len(service.replicas)}},
+                            200 if ok else 503)
+
+    @app.get("/stats")
+    async def stats():
+        return service.stats() | {"defaults": {name: getattr(settings, name) for name in (
+            "temperature", "top_k", "top_p", "max_tokens")}}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics():
+        return PlainTextResponse(prometheus(service.stats()), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which says when it listens, and on the first signal also lets the service drain."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, announce):
+        super().__init__(config)
+        self.service, self.announce = service, announce
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        self.announce()
+
+    def handle_exit(self, sig, frame) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self._draining = asyncio.ensure_future(self.service.drain())
+
+
+@asynccontextmanager
+async def engines(replicas: list[Replica]):
+    """The replicas, started and ready; stopped at the end."""
+    try:
+        for replica in replicas:
+            replica.start()
+        for replica in replicas:
+            await replica.ready()
+        yield
+    finally:
+        for replica in replicas:
+            if replica.state != "stopped":
+                replica.stop()
+
+
+async def run(replicas: list[Replica], tokenizer, settings: Settings, host: str, port: int, announce) -> None:
+    """Serve until a signal; `announce(port)` is called when requests are taken. UserError where the address is taken."""
+    async with engines(replicas):
+        service = Service(replicas, tokenizer, settings)
+        config = uvicorn.Config(create_app(service), host=host, port=port, log_level="warning", access_log=False,
+                                timeout_keep_alive=30, timeout_graceful_shutdown=int(settings.drain_seconds) + 5)
+        try:
+            listening = config.bind_socket()
+        except SystemExit:
+            raise UserError(f"{host}:{port} cannot be listened on; is something else there? (--port, --host)") from None
+        await Server(config, service, lambda: announce(listening.getsockname()[1])).serve([listening])
