@@ -78,7 +78,7 @@ def evaluate_task(model, tokenizer, task, runtime, *, max_problems: int | None =
     if task.eval_type == "categorical":
         verdicts = _categorical_verdicts(model, tokenizer, task, indices, batch_size)
     else:
-        verdicts = _generative_verdicts(Engine(model, tokenizer), task, indices, num_samples=num_samples,
+        verdicts = _generative_verdicts(Engine(model, tokenizer, graphs=True), task, indices, num_samples=num_samples,
                                         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
                                         batch_size=batch_size, seed=seed)
     return Accuracy(int(runtime.sum(float(sum(verdicts)))), total, task.baseline)

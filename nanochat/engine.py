@@ -137,11 +137,12 @@ class Engine:
 
     `submit` requests, `step` until they are done; or use `generate`, `generate_batch`, `generate_many`, which do that.
     With `slots` the cache is made at once, for the whole context, as many slots as memory allows; without, as needed.
-    For one thread only.
+    `graphs`: decode by CUDA graphs, which take a moment to make; left out, where `slots` are given. For one thread only.
     """
 
-    def __init__(self, model, tokenizer, slots: int | None = None):
+    def __init__(self, model, tokenizer, slots: int | None = None, graphs: bool | None = None):
         self.model, self.tokenizer = model, tokenizer
+        self.use_graphs = model.device.type == "cuda" and (slots is not None if graphs is None else graphs)
         self.context = model.config.sequence_len
         special = tokenizer.encode_special
         self.python_start, self.python_end = special("<|python_start|>"), special("<|python_end|>")
@@ -170,7 +171,7 @@ class Engine:
         room = MEMORY_SHARE.get(device.type, 0.5) * free_memory_bytes(device)
         slots = max(1, min(slots, MAX_SLOTS.get(device.type, 64), int(room / KVCache.slot_bytes(self.model, length)) - 1))
         self.cache = KVCache.for_model(self.model, slots, length)
-        self.graphs = DecodeGraphs(self.model, self.cache) if device.type == "cuda" else None
+        self.graphs = DecodeGraphs(self.model, self.cache) if self.use_graphs else None
         self.occupants: list[Sequence | None] = [None] * slots
         self.held: list[list[int]] = [[] for _ in range(slots)]  # tokens that free slots still hold
         self.since = [0] * slots  # the step at which each became free, or was taken

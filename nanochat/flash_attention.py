@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from nanochat import gpu_kernels
 from nanochat.common import UserError, print0
 
 
@@ -83,6 +84,13 @@ def _sdpa_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None]).transpose(1, 2)
 
 
+def _with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, causal, window_size):
+    if not (q.is_cuda and k is not None and causal and gpu_kernels.fits(q) and gpu_kernels.works(q.device)):
+        return _sdpa_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, causal, window_size)
+    rows = torch.arange(q.size(0), device=q.device) if cache_batch_idx is None else cache_batch_idx.long()
+    return gpu_kernels.attention(q, k, v, k_cache, v_cache, rows, cache_seqlens.long(), window_size[0])
+
+
 # --- blocked: matrix products over blocks of queries, for CPUs, where they beat PyTorch's SDPA kernel ----------------
 
 
@@ -146,8 +154,8 @@ def _blocked(q, k, v, causal, window_size):
 
 
 BLOCKED = SimpleNamespace(name="blocked", usable=lambda device, dtype: device.type == "cpu", func=_blocked,
-                          with_kvcache=_sdpa_with_kvcache)
-SDPA = SimpleNamespace(name="sdpa", usable=lambda device, dtype: True, func=_sdpa, with_kvcache=_sdpa_with_kvcache)
+                          with_kvcache=_with_kvcache)
+SDPA = SimpleNamespace(name="sdpa", usable=lambda device, dtype: True, func=_sdpa, with_kvcache=_with_kvcache)
 BACKENDS = (BLOCKED, SDPA)  # best first
 
 

@@ -153,12 +153,12 @@ class CausalSelfAttention(nn.Module):
         return rotary_norm(q, *cos_sin), rotary_norm(k, *cos_sin), v
 
     def attend(self, q, k, v, window, cache):
-        """-> (B, T, C)."""
+        """What the heads see (B, T, C)."""
         if cache is None:
             y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
         else:
             y = cache.attend(q, k, v, window)
-        return self.c_proj(y.reshape(*y.shape[:2], -1))
+        return y.reshape(*y.shape[:2], -1)
 
 
 class MLP(nn.Module):
@@ -189,7 +189,11 @@ class Block(nn.Module):
 
     def finish(self, x, q, k, v, window, cache=None):
         """From attention on -> residual stream."""
-        x = x + self.attn.attend(q, k, v, window, cache)
+        return self.close(x, self.attn.attend(q, k, v, window, cache))
+
+    def close(self, x, y):
+        """After attention, which saw y (B, T, C) -> residual stream."""
+        x = x + self.attn.c_proj(y)
         return x + self.mlp(norm(x))
 
 
@@ -218,6 +222,7 @@ class GPT(nn.Module):
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
         self._begin, self._finish = Block.begin, Block.finish
+        self.decode_halves = None  # a compiled `begin` and `finish` for one new position a row, on GPUs
         self._train_features = self.features
         self._loss_gradient = loss_functions.softmax_gradient_
 
@@ -342,8 +347,11 @@ class GPT(nn.Module):
             first = norm(self.transformer.wte(last.clamp(min=0)).to(self.dtype)) * (last >= 0)[:, None]
             x = self._smear(x, torch.cat((first[:, None], x[:, :-1]), dim=1))
         x0, middle = x.clone(), None  # a copy: the same tensor twice would make layer 0 compile on its own
-        training = kv_cache is None and torch.is_grad_enabled()
-        begin, finish = (self._begin, self._finish) if training else (Block.begin, Block.finish)
+        begin, finish = Block.begin, Block.finish
+        if kv_cache is None and torch.is_grad_enabled():
+            begin, finish = self._begin, self._finish
+        elif kv_cache is not None and T == 1 and self.decode_halves is not None:
+            begin, finish = self.decode_halves
         in_c = kv_cache is not None and kv_cache.counts is None and cpu_kernels.fits_block(x, self.config.head_dim)
         resid_lambdas, x0_lambdas = (p.tolist() if in_c else p.unbind() for p in (self.resid_lambdas, self.x0_lambdas))
         for i, block in enumerate(self.transformer.h):

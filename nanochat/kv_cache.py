@@ -50,6 +50,10 @@ class KVCache:
     def for_pass(self) -> "CacheRows":
         return self.rows(list(range(self.batch_size)))
 
+    def forget_spare(self) -> None:
+        """Empty the spare slot, which otherwise fills up with padding."""
+        self._lengths[-1:].zero_()
+
 
 class CacheRows:
     """Rows of a cache in one forward pass; `for_pass`, `positions`, `previous`, `layer`, `advance` serve the model."""
@@ -62,6 +66,15 @@ class CacheRows:
         self.lengths = cache._lengths[self.slot_index]  # (B,)
         self.shortest = min(cache.lengths[slot] for slot in slots)
         self.longest = max(cache.lengths[slot] for slot in slots)
+
+    @classmethod
+    def on_device(cls, cache: KVCache, slot_index: torch.Tensor) -> "CacheRows":
+        """Rows whose slots (B,) only the device knows, each with one new position; the host's lengths are the caller's."""
+        rows = cls.__new__(cls)
+        rows.cache, rows.slots, rows.counts, rows.slot_index, rows.count_index = cache, [], None, slot_index, None
+        rows.lengths = cache._lengths[slot_index]
+        rows.shortest, rows.longest = 0, cache.seq_len - 1
+        return rows
 
     def for_pass(self) -> "CacheRows":
         return self

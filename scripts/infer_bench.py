@@ -45,9 +45,9 @@ def bytes_per_step(model, batch: int, length: int) -> int:
     return weights + batch * per_place * places
 
 
-def measure(model, tokenizer, runtime, batch: int, context: int, new_tokens: int) -> dict:
+def measure(model, tokenizer, runtime, batch: int, context: int, new_tokens: int, graphs: bool) -> dict:
     """One line of the table: `batch` random prompts of `context` tokens, `new_tokens` after each."""
-    engine = Engine(model, tokenizer, slots=batch)
+    engine = Engine(model, tokenizer, slots=batch, graphs=graphs)
     if engine.cache.batch_size < batch:
         raise UserError(f"memory for {engine.cache.batch_size} slots only: use smaller --batch-sizes")
     engine.stop_tokens, engine.python_start = set(), -1  # nothing ends before its time
@@ -100,6 +100,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--batch-sizes", type=numbers, default="1,16", help="sequences at once, with commas")
     parser.add_argument("--context-lengths", type=numbers, default="256,1024", help="prompt tokens, with commas")
     parser.add_argument("--max-new-tokens", type=integer(ROUNDS), default=96, help="generated after each prompt")
+    parser.add_argument("--no-graphs", action="store_true", help="on GPUs: without CUDA graphs, for comparison")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the table there too")
     add_runtime_flags(parser)
     args = parser.parse_args(argv)
@@ -122,7 +123,7 @@ def main(argv=None) -> dict:
     results: list[dict] = []
     for context in args.context_lengths:
         for batch in args.batch_sizes:
-            result = measure(model, tokenizer, runtime, batch, context, args.max_new_tokens)
+            result = measure(model, tokenizer, runtime, batch, context, args.max_new_tokens, not args.no_graphs)
             alone = next((r for r in results if r["batch"] == 1 and r["context"] == context), None)
             result["x batch 1"] = result["decode tok/s"] / alone["decode tok/s"] if alone else 1.0 if batch == 1 else 0.0
             results.append(result)

@@ -221,7 +221,7 @@ def test_generative_evaluation_counts_right_answers(tokenizer, cpu):
     prompts = []
     engine.submit, submit = (lambda request: (prompts.append(len(request.prompt)), submit(request))[1]), engine.submit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat_eval, "Engine", lambda *_: engine)
+        patch.setattr(chat_eval, "Engine", lambda *_, **__: engine)
         evaluate_task(model, tokenizer, task, cpu, max_new_tokens=512, max_problems=2)
     assert max(prompts) > 10  # a generous limit leaves the question its room
     result = evaluate_task(model, tokenizer, task, cpu, batch_size=5, max_new_tokens=4)
