@@ -21,7 +21,8 @@ PEAKS = (
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"{device.type} ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else device.type
 
 
 def peak_flops(name: str) -> float | None:

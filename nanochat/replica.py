@@ -13,10 +13,15 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+import torch
+
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_init
 from nanochat.engine import Engine, Request
+from nanochat.gpt import Linear
+from nanochat.hardware import device_name
 
+BYTES_PER_THREAD = 2**25  # of weights: with less, threads wait for each other, and on few cores for the web server, too
 RATE_SECONDS = 10  # tokens/s are an average over the last so many seconds
 
 
@@ -29,7 +34,7 @@ class ModelChoice:
     step: int | None
     device_type: str = ""
     device_index: int = 0
-    threads: int | None = None
+    threads: int | None = None  # at most, on CPUs
     slots: int = 64
 
 
@@ -64,15 +69,14 @@ def serve_engine(connection, choice: ModelChoice) -> None:
 
 
 def _load(choice: ModelChoice) -> tuple[Engine, dict]:
-    import torch
-
-    if choice.threads:
-        torch.set_num_threads(choice.threads)
     runtime = compute_init(choice.device_type, index=choice.device_index)
     model, tokenizer, _ = load_model(choice.source, runtime.device, "eval", choice.model_tag, choice.step, runtime.dtype)
+    if choice.threads:
+        weights = sum(module.weight.nbytes for module in model.modules() if isinstance(module, Linear))
+        torch.set_num_threads(max(1, min(choice.threads, weights // BYTES_PER_THREAD)))
     engine = Engine(model, tokenizer, slots=choice.slots)
     engine.generate_many([[0, 1]], max_tokens=2)  # whatever is compiled or captured, is now
-    return engine, {"device": str(runtime.device), "dtype": runtime.dtype_name, "slots": engine.cache.batch_size,
+    return engine, {"device": device_name(runtime.device), "dtype": runtime.dtype_name, "slots": engine.cache.batch_size,
                     "context": engine.context}
 
 

@@ -27,7 +27,7 @@ def allow_many_connections() -> None:
 
 
 def choices(args, device_type: str) -> list[ModelChoice]:
-    """What each engine loads: on GPUs one a device, on CPUs the threads are shared out."""
+    """What each engine loads: on GPUs one a device, on CPUs the threads are dealt out."""
     if device_type == "cuda" and args.num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus={args.num_gpus}: {torch.cuda.device_count()} here")
     threads = max(1, torch.get_num_threads() // args.num_gpus) if device_type == "cpu" else None
