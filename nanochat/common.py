@@ -231,6 +231,14 @@ class Runtime:
         dist.all_reduce(total)
         return total.item()
 
+    def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a host tensor over all ranks."""
+        if self.world_size > 1:
+            on_device = values.to(self.device)
+            dist.all_reduce(on_device)
+            values = on_device.cpu()
+        return values
+
     def any(self, value: bool) -> bool:
         """True on every rank if it is on one."""
         return self.sum(float(value)) > 0

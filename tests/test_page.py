@@ -51,34 +51,12 @@ def answered(page, text: str) -> None:
     sync_api.expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=15000)
 
 
-def shot(page, name: str) -> None:
-    """A picture for people, where NANOCHAT_SCREENSHOTS names a folder."""
-    if folder := os.environ.get("NANOCHAT_SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/{name}.png")
-
-
-def test_send_and_stream(page):
-    sync_api.expect(page.locator("#model")).to_have_text("nanochat-parrot")
-    shot(page, "empty")
-    lengths = []
-    page.expose_function("grew", lambda length: lengths.append(length))
-    page.evaluate("""new MutationObserver(() => grew(document.querySelector('.assistant .body')?.textContent.length ?? 0))
-                     .observe(document.getElementById('log'), {childList: true, subtree: true, characterData: true})""")
-    say(page, "Count")
-    answered(page, ANSWERS["Count"])
-    growing = sorted({length for length in lengths if length})
-    assert len(growing) > 5 and growing[0] < len(ANSWERS["Count"]) / 2  # it came bit by bit
-    assert "tok/s" in page.locator("#speed").inner_text() and "tokens" in page.locator(".note").inner_text()
-    say(page, "Accents")
-    answered(page, ANSWERS["Accents"])
-    shot(page, "conversation")
-
-
-def test_stop_and_regenerate(page, server):
-    page.evaluate("""{  // a slow network: the tiny model answers faster than anyone could stop it
+def slow_network(page) -> None:
+    """The tiny model answers faster than anyone could stop it, or a busy machine could draw it: 40 bytes every 100 ms then."""
+    page.evaluate("""() => {
         const fast = fetch, slow = {async transform(chunk, to) {
             for (let i = 0; i < chunk.length; i += 40) {
-                await new Promise(r => setTimeout(r, 20));
+                await new Promise(r => setTimeout(r, 100));
                 to.enqueue(chunk.slice(i, i + 40));
             }
         }};
@@ -88,6 +66,35 @@ def test_stop_and_regenerate(page, server):
         };
         window.back_to_fast = () => { window.fetch = fast; };
     }""")
+
+
+def shot(page, name: str) -> None:
+    """A picture for people, where NANOCHAT_SCREENSHOTS names a folder."""
+    if folder := os.environ.get("NANOCHAT_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png")
+
+
+def test_send_and_stream(page):
+    sync_api.expect(page.locator("#model")).to_have_text("nanochat-parrot")
+    shot(page, "empty")
+    slow_network(page)
+    lengths = []
+    page.expose_function("grew", lambda length: lengths.append(length))
+    page.evaluate("""new MutationObserver(() => grew(document.querySelector('.assistant .body')?.textContent.length ?? 0))
+                     .observe(document.getElementById('log'), {childList: true, subtree: true, characterData: true})""")
+    say(page, "Hello")
+    answered(page, ANSWERS["Hello"])
+    growing = sorted({length for length in lengths if length})
+    assert len(growing) > 5 and growing[0] < len(ANSWERS["Hello"]) / 2  # it came bit by bit
+    page.evaluate("back_to_fast()")
+    assert "tok/s" in page.locator("#speed").inner_text() and "tokens" in page.locator(".note").inner_text()
+    say(page, "Accents")
+    answered(page, ANSWERS["Accents"])
+    shot(page, "conversation")
+
+
+def test_stop_and_regenerate(page, server):
+    slow_network(page)
     for stop in (lambda: page.get_by_role("button", name="Stop").click(), lambda: page.keyboard.press("Escape")):
         say(page, "Count")
         sync_api.expect(page.locator(".assistant .body").last).to_have_text(re.compile(".{10,}", re.DOTALL), timeout=15000)
