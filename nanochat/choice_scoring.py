@@ -51,9 +51,13 @@ class Score:
     hits: tuple[bool, ...]
 
 
-def make_batches(questions: list[Question], budget: int) -> list[list[int]]:
-    """Indices of questions by batch: similar lengths together, at most `budget` positions with padding (or one question)."""
-    shapes = [(question.shared, max(map(len, question.rows)) - question.shared) for question in questions]
+def make_batches(questions: list[Question], budget: int, sharing: bool = True) -> list[list[int]]:
+    """Indices of questions by batch: similar lengths together, at most `budget` positions with padding (or one question).
+
+    Without `sharing` every row counts whole.
+    """
+    shared = [question.shared if sharing else 0 for question in questions]
+    shapes = [(n, max(map(len, question.rows)) - n) for n, question in zip(shared, questions)]
     batches: list[list[int]] = []
     longest, rows = (0, 0), 0
     for i in sorted(range(len(questions)), key=lambda i: (shapes[i][0], shapes[i][1])):

@@ -216,10 +216,10 @@ def deal_out(costs: list[int], world_size: int) -> list[int]:
 
 
 def evaluate_questions(task: CoreTask, questions: list[Question], model, runtime, scorer=score_batch,
-                       budget: int | None = None) -> TaskResult:
-    """Accuracy over some questions, shared among the ranks."""
+                       budget: int | None = None, sharing: bool = True) -> TaskResult:
+    """Accuracy over some questions, dealt out to the ranks; `scorer`, `budget` and `sharing` are those of choice_scoring."""
     start, in_model = time.perf_counter(), 0.0
-    batches = make_batches(questions, budget or BATCH_TOKENS.get(runtime.device.type, 2**13))
+    batches = make_batches(questions, budget or BATCH_TOKENS.get(runtime.device.type, 2**13), sharing)
     owners = deal_out([sum(questions[i].cost for i in batch) for batch in batches], runtime.world_size)
     verdicts = torch.zeros(2, len(questions), dtype=torch.float32)
     for batch, owner in zip(batches, owners):
@@ -261,6 +261,10 @@ class CoreEvaluation:
                 results[task.label] = evaluate_questions(task, questions, model, runtime, **options)
                 each(results[task.label])
         return results
+
+    def policy(self) -> str:
+        """What becomes of long prompts, in words."""
+        return "as they are, however long" if self.limit is None else f"cut to their last {self.limit} tokens"
 
     def metric(self, results: dict[str, TaskResult]) -> float:
         return core_metric(self.tasks, {label: result.accuracy for label, result in results.items()})

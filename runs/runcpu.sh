@@ -35,7 +35,7 @@ training "pretraining" python -m scripts.base_train --resume --model-tag "$TAG" 
     --depth 4 --head-dim 64 --max-seq-len 512 --window-pattern L --device-batch-size 16 --total-batch-size 8192 \
     --num-iterations "$BASE_STEPS" --embedding-lr 0.6 --unembedding-lr 0.03 --matrix-lr 0.08 \
     --eval-every 100 --eval-tokens 100000 --sample-every -1 --save-every 50 --keep-last 1
-once "base evaluation" "$(newest base_checkpoints)" python -m scripts.base_eval --model-tag "$TAG" --split-tokens 100000 --device-batch-size 16
+once "base evaluation" "$(newest base_checkpoints)" python -m scripts.base_eval --eval bpb,sample --model-tag "$TAG" --split-tokens 100000 --device-batch-size 16
 once "conversations about itself" dev/self_knowledge.md python -m dev.gen_synthetic_data --count 5000
 training "finetuning" python -m scripts.chat_sft --resume --model-tag "$TAG" --run "$WANDB_RUN" --num-iterations "$SFT_STEPS" \
     --builtin --identity-epochs 2 --spelling-rows 10000 --eval-every 100 --eval-rows 400 --save-every 50 --keep-last 1 \

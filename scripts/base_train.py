@@ -13,6 +13,7 @@ from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, che
                                          load_tensors, source_dir)
 from nanochat.common import (DTYPES, Parser, UserError, add_runtime_flags, add_training_output_flags, batch_size,
                              compute_cleanup, compute_init, integer, number, print0, run_name, run_script)
+from nanochat.core_eval import CoreEvaluation
 from nanochat.dataloader import PretrainLoader, fixed_rows
 from nanochat.dataset import check_readable, find_corpus
 from nanochat.engine import Engine
@@ -27,6 +28,7 @@ from nanochat.tokenizer import get_tokenizer
 from nanochat.train_step import (LoopState, StopRequest, check_dtype, collect_garbage, get_rng_state, make_scaler,
                                  rows_that_fit, set_rng_state, set_schedules, start_compile, train_on_next)
 
+CORE_EVERY = 2000
 SAMPLE_PROMPTS = ("Paris is a city in", "Water freezes when", "The first three months are January,",
                   "She opened the door and", "Two plus three is", "This function returns")
 
@@ -60,6 +62,9 @@ def parse_args(argv):
     parser.add_argument("--final-lr-frac", type=number(0, 1), default=0.05, help="learning rate at the end, as a share")
     # evaluation, output
     parser.add_argument("--eval-every", type=integer(1, off=-1), default=250, help="steps; -1 at the end only")
+    parser.add_argument("--core-metric-every", type=steps_or_auto, default="auto",
+                        help="steps; -1 never; auto: 2000 on GPUs, never elsewhere, where it takes too long")
+    parser.add_argument("--core-metric-max-per-task", type=integer(1, off=-1), default=500, help="items; -1 all")
     parser.add_argument("--eval-tokens", type=integer(1), default=80 * 2**19, help="tokens of the validation split")
     parser.add_argument("--sample-every", type=integer(1, off=-1), default=2000, help="steps; -1 at the end only")
     add_training_output_flags(parser)
@@ -122,6 +127,11 @@ def main(argv=None) -> dict:
     if args.device_batch_size == "auto":
         rows, micro_steps = rows_that_fit(config, run_plan.total_batch_size // args.max_seq_len, runtime)
         run_plan = replace(run_plan, device_batch_size=rows, grad_accum_steps=micro_steps)
+    if args.core_metric_every == "auto":
+        args.core_metric_every = CORE_EVERY if runtime.device.type == "cuda" else None
+        print0(f"CORE: every {CORE_EVERY} steps and at the end" if args.core_metric_every else
+               "CORE: not during this training; it is slow without a GPU (--core-metric-every)")
+    core = CoreEvaluation(tokenizer, args.core_metric_max_per_task, keep=True) if args.core_metric_every else None
     peak, peak_source = peak_for(runtime.device, runtime.dtype)
     counts = count_parameters(config)
     print0(f"device: {peak_source}, {human(peak)}FLOP/s | world size {runtime.world_size} | "
@@ -197,6 +207,12 @@ def main(argv=None) -> dict:
                 state.best_val_bpb = min(state.val_bpb, state.best_val_bpb or state.val_bpb)
                 progress.log(state.step, val_bpb=state.val_bpb)
                 print0(f"step {state.step:,} | val_bpb {state.val_bpb:.4f}")
+            if looking and core is not None and state.due(args.core_metric_every, last):
+                with plain_weights(model, args.fp8):
+                    results = core.run(model, runtime)
+                tasks = {f"core/{label}": result.centered for label, result in results.items()}
+                progress.log(state.step, core=core.metric(results), **tasks)
+                print0(f"step {state.step:,} | CORE {core.metric(results):.4f}, at most {args.core_metric_max_per_task} items a task")
             if looking and runtime.is_main and state.due(args.sample_every, last):
                 with plain_weights(model, args.fp8):
                     print_samples(model, tokenizer)
@@ -230,6 +246,11 @@ def main(argv=None) -> dict:
                "directory": str(directory), "peak_memory_bytes": runtime.peak_memory_bytes()}
     compute_cleanup()
     return results
+
+
+def steps_or_auto(text: str) -> int | None | str:
+    """Argument type: a number of steps, -1 for never, or "auto"."""
+    return text if text == "auto" else integer(1, off=-1)(text)
 
 
 @contextlib.contextmanager

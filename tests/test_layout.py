@@ -10,10 +10,10 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 LEVELS = {
     0: "ranks common hardware schedule packing calculator cpu_kernels gpu_kernels flash_attention loss optim synthetic sampling answer",
-    1: "hub progress tokenizer kv_cache gpt",
+    1: "hub progress results tokenizer kv_cache gpt choice_scoring",
     2: "fp8 scaling dataset train_step api",
     3: "checkpoint_manager dataloader decode_graph engine",
-    4: "loss_eval core_eval chat_eval replica server",
+    4: "loss_eval huggingface core_eval chat_eval replica server",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 
