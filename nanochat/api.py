@@ -39,7 +39,8 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[Part] | None = None
+    parts: list[Part] | None = Field(None, description="an assistant's message as the server gave it; goes before content")
 
     @property
     def characters(self) -> str:
@@ -47,6 +48,10 @@ class Message(BaseModel):
 
     @model_validator(mode="after")
     def _is_acceptable(self):
+        if self.role == "assistant":
+            self.content = self.parts or self.content or ""
+        elif self.content is None:
+            raise ValueError("it has no content")
         text = self.characters
         if any(0xD800 <= ord(character) < 0xE000 for character in text):
             raise ValueError("the text holds half of a surrogate pair, which is no character")
@@ -142,9 +147,13 @@ def _joined(first, second) -> str | list[dict]:
 
 def reason(errors: list[dict]) -> tuple[str, str]:
     """(field, what is wrong with it) from pydantic's list of errors; what the client sent is not repeated."""
-    error = max(errors, key=lambda error: len(error["loc"]))  # where there are alternatives, that which came furthest
+    # where there are alternatives, that which came furthest
+    error = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     if error["type"] == "json_invalid":
         return "", NOT_JSON
+    if error["loc"] == ("body",) and error["type"] != "value_error":
+        return "", "the request has no body" if error["type"] == "missing" else \
+            "the request's body is no JSON object (is there a header Content-Type: application/json?)"
     place = [str(part) for part in error["loc"] if part != "body" and not str(part)[:1].isupper() and "[" not in str(part)
              and part not in ("str", "constrained-str", "float", "int")]
     text = error["msg"].removeprefix("Value error, ")

@@ -46,6 +46,7 @@ class Event:
     pieces: list[tuple[str, str]]
     tokens: int
     reused: int
+    at: float  # time.monotonic of the engine's process
     finish_reason: str | None = None  # as in Completion, or "error", "shutdown", with the only piece to say why
 
 
@@ -109,7 +110,7 @@ def _event(ids: dict, sequences: dict, sequence) -> Event:
     pieces, completion.pieces = completion.pieces, []
     if sequence.done:
         del ids[sequence], sequences[request_id]
-    return Event(request_id, pieces, len(completion.tokens), sequence.reused, completion.finish_reason)
+    return Event(request_id, pieces, len(completion.tokens), sequence.reused, time.monotonic(), completion.finish_reason)
 
 
 # --- the server's end -----------------------------------------------------------------------------------------------
@@ -120,12 +121,16 @@ class Ticket:
 
     def __init__(self, replica: "Replica", request_id: int, events: asyncio.Queue):
         self.replica, self.id, self.events = replica, request_id, events
-        self.started, self.first_token_s, self.tokens, self.reused = time.perf_counter(), None, 0, 0
+        self.started, self.first_token_s, self.tokens, self.reused = time.monotonic(), None, 0, 0
+        self._first: Event | None = None  # with a token; and the last so far
+        self._last: Event | None = None
         self.finish_reason: str | None = None
 
     def put(self, event: Event) -> None:
-        if event.tokens and self.first_token_s is None:
-            self.first_token_s = time.perf_counter() - self.started
+        if event.tokens:
+            self._first, self._last = self._first or event, event
+            if self.first_token_s is None:
+                self.first_token_s = time.monotonic() - self.started
         self.tokens, self.reused, self.finish_reason = event.tokens, event.reused, event.finish_reason
         self.events.put_nowait((self, event))
 
@@ -133,7 +138,14 @@ class Ticket:
         """End it from the server's side; the engine forgets it."""
         if self.finish_reason is None:
             self.replica.forget(self)
-            self.put(Event(self.id, [("text", message)] if message else [], self.tokens, self.reused, reason))
+            self.put(Event(self.id, [("text", message)] if message else [], self.tokens, self.reused, time.monotonic(), reason))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Speed after the first token, by the engine's clock; 0 as long as there is but one."""
+        if self._first is None or self._last.tokens == self._first.tokens:
+            return 0.0
+        return (self._last.tokens - self._first.tokens) / (self._last.at - self._first.at)
 
 
 @dataclass

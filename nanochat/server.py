@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import re
 import secrets
+import socket
 import statistics
 import time
 import uuid
@@ -15,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import uvicorn
 from fastapi import FastAPI, Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
@@ -102,8 +104,8 @@ class Guard:
     def _check_key(self, scope) -> None:
         key = self.settings.api_key
         if key and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given.removeprefix(b"Bearer "), key.encode()):
+            scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), key.encode()):
                 raise Refusal(401, "this server wants its API key: Authorization: Bearer <key>", code="invalid_api_key")
 
     @staticmethod
@@ -125,6 +127,7 @@ class Guard:
 
     @staticmethod
     async def _refuse(refusal, scope, receive, send):
+        log(scope, f"{refusal.status} {refusal.message}")
         await refusal_response(scope["path"], refusal)(scope, receive, send)
 
 
@@ -154,9 +157,12 @@ class Service:
         ready = [replica for replica in self.replicas if replica.state == "ready"]
         if self.draining or not ready:
             raise Refusal(503, "the server is shutting down" if self.draining else "no engine is running; try again soon")
+        most = self.slots + self.settings.max_queue
+        if len(requests) > most:
+            raise Refusal(400, f"n={len(requests)} answers at once are more than the {most} that this server takes", "n")
         if self.running + len(requests) > self.slots + self.settings.max_queue:
             self.counts["rejected"] += 1
-            raise Refusal(503, f"all {self.slots} slots are taken and {self.running - self.slots} wait; try again in "
+            raise Refusal(503, f"too many at once ({self.running} answers are being written or wait); try again in "
                                f"{RETRY_AFTER_SECONDS} s", code="queue_full")
         least = min(len(replica.tickets) for replica in ready)
         preferred = ready[zlib.crc32(home.encode("utf-8", "replace")) % len(ready)]
@@ -172,12 +178,12 @@ class Service:
             ticket.finish_reason, "completed")] += 1
 
     async def drain(self) -> None:
-        """Take nothing new, let what runs finish, tell what does not finish in time."""
-        self.draining = True
-        deadline = time.monotonic() + self.settings.drain_seconds
-        if self.running:
+        """Take nothing new, let what runs finish, tell what does not finish in time; called again, at once."""
+        deadline = time.monotonic() + (0 if self.draining else self.settings.drain_seconds)
+        if self.running and not self.draining:
             print(f"shutting down: {self.running} answers have {self.settings.drain_seconds:g} s to finish (again to leave at "
                   "once)", flush=True)
+        self.draining = True
         while self.running and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         for replica in self.replicas:
@@ -232,8 +238,8 @@ class Exchange:
         limit = prompt_limit(service.context, max_tokens) if may_forget else service.context - 1
         self.prompt, kept, tokens = tokenizer.fit_conversation(turns, limit)
         if not may_forget and (len(kept) < len(turns) or tokens > limit):
-            raise Refusal(400, f"the conversation does not fit into the context of {service.context} tokens: leave out its "
-                               "oldest messages", "messages", "context_length_exceeded")
+            raise Refusal(400, f"the conversation does not fit into the context of {service.context} tokens: shorten it, or "
+                               "leave out its oldest messages", "messages", "context_length_exceeded")
         self.forgotten, self.cut = (len(turns) - len(kept)) // 2, max(0, tokens - limit)
         seed = secrets.randbits(48) if body.seed is None else body.seed
 
@@ -280,17 +286,15 @@ class Exchange:
             self._log()
 
     def speed(self) -> float:
-        """Tokens/s of all choices since the first token."""
-        tokens = sum(ticket.tokens for ticket in self.tickets)
-        first = min((t.started + t.first_token_s for t in self.tickets if t.first_token_s is not None), default=None)
-        return tokens / max(time.perf_counter() - first, 1e-3) if first and tokens else 0.0
+        """Tokens/s of all choices together, after the first."""
+        return sum(ticket.tokens_per_s for ticket in self.tickets)
 
     def usage(self) -> dict:
         return api.usage(len(self.prompt), self.tickets[0].reused, sum(ticket.tokens for ticket in self.tickets))
 
     def _log(self) -> None:
         first = self.tickets[0].first_token_s
-        log(self.http, f"{'/'.join(t.finish_reason for t in self.tickets)} | prompt {len(self.prompt)} "
+        log(self.http.scope, f"{'/'.join(t.finish_reason for t in self.tickets)} | prompt {len(self.prompt)} "
             f"({self.tickets[0].reused} cached) | answer {sum(t.tokens for t in self.tickets)} tokens"
             + (f" | first after {1e3 * first:.0f} ms | {self.speed():.0f} tok/s" if first else "") + f" | device {self.device}")
         if self.service.settings.log_content:
@@ -298,10 +302,10 @@ class Exchange:
                   + " / ".join(repr("".join(text for _, text in pieces)) for pieces in self.pieces), flush=True)
 
 
-def log(http: HttpRequest, text: str) -> None:
+def log(scope, text: str) -> None:
     """One line; the request's content is not in it."""
-    client = http.client.host if http.client else "-"
-    print(f"{time.strftime('%H:%M:%S')} {client} {http.method} {http.url.path} | {text}", flush=True)
+    client = scope["client"][0] if scope.get("client") else "-"
+    print(f"{time.strftime('%H:%M:%S')} {client} {scope['method']} {scope['path']!r} | {text}", flush=True)
 
 
 # --- the chat page's protocol -----------------------------------------------------------------------------------------
@@ -386,7 +390,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.exception_handler(Refusal)
     async def refused(http: HttpRequest, refusal: Refusal):
-        log(http, f"{refusal.status} {refusal.message}")
+        log(http.scope, f"{refusal.status} {refusal.message}")
         return refusal_response(http.url.path, refusal)
 
     @app.exception_handler(RequestValidationError)
@@ -398,12 +402,13 @@ def create_app(service: Service) -> FastAPI:
     async def other(http: HttpRequest, error: HTTPException):
         known = {404: "no such page; there are /, /chat/completions, /v1/chat/completions, /v1/models, /health, /stats, /metrics",
                  400: api.NOT_JSON}
-        response = refusal_response(http.url.path, Refusal(error.status_code, known.get(error.status_code, error.detail)))
+        response = await refused(http, Refusal(error.status_code, known.get(error.status_code, error.detail)))
         response.headers.update(error.headers or {})
         return response
 
     html, page_headers = page()
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse)
     async def chat_page():
         return HTMLResponse(html, headers=page_headers)
@@ -437,6 +442,7 @@ def create_app(service: Service) -> FastAPI:
     async def model(name: str):
         return known_model(name)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health():
         ready = sum(replica.state == "ready" for replica in service.replicas)
@@ -462,7 +468,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service, announce):
         super().__init__(config)
-        self.service, self.announce = service, announce
+        self.service, self.announce, self._drains = service, announce, []
 
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
@@ -470,12 +476,19 @@ class Server(uvicorn.Server):
         self.announce()
 
     def handle_exit(self, sig, frame) -> None:
-        self.force_exit = self.should_exit
+        self.force_exit = len(self._drains) > 1
         self.should_exit = True
-        self._loop.call_soon_threadsafe(self._drain)
+        self._loop.call_soon_threadsafe(lambda: self._drains.append(asyncio.ensure_future(self.service.drain())))
 
-    def _drain(self) -> None:
-        self._draining = asyncio.ensure_future(self.service.drain())
+
+async def warm_up(app: FastAPI, service: Service) -> None:
+    """One request from within, so that what is loaded or built on the first one is there for the first person."""
+    key = {"Authorization": f"Bearer {service.settings.api_key}"}
+    request = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://warm-up", headers=key) as client:
+        await client.post("/chat/completions", json=request)
+    service.counts.clear()
+    service.first_token_s.clear()
 
 
 @asynccontextmanager
@@ -493,14 +506,23 @@ async def engines(replicas: list[Replica]):
                 replica.stop()
 
 
-async def run(replicas: list[Replica], tokenizer, settings: Settings, host: str, port: int, announce) -> None:
-    """Serve until a signal; `announce(port)` is called when requests are taken. UserError where the address is taken."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address; UserError where it cannot be had."""
+    try:
+        listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        raise UserError(f"{host}:{port} cannot be listened on ({error.strerror}); see --host and --port") from error
+    return listening
+
+
+async def run(replicas: list[Replica], tokenizer, settings: Settings, listening: socket.socket, announce) -> None:
+    """Serve on a bound socket until a signal; `announce(port)` is called when requests are taken."""
     async with engines(replicas):
         service = Service(replicas, tokenizer, settings)
-        config = uvicorn.Config(create_app(service), host=host, port=port, log_level="warning", access_log=False,
-                                timeout_keep_alive=30, timeout_graceful_shutdown=int(settings.drain_seconds) + 5)
-        try:
-            listening = config.bind_socket()
-        except SystemExit:
-            raise UserError(f"{host}:{port} cannot be listened on; is something else there? (--port, --host)") from None
+        app = create_app(service)
+        await warm_up(app, service)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_keep_alive=30,
+                                timeout_graceful_shutdown=int(settings.drain_seconds) + 5)
         await Server(config, service, lambda: announce(listening.getsockname()[1])).serve([listening])

@@ -6,16 +6,16 @@ python -m scripts.chat_web -i sft -p 8000 --host 0.0.0.0 --api-key secret
 
 import asyncio
 import os
+import re
 import resource
 
 import torch
-import uvicorn
 
 from nanochat.checkpoint_manager import SOURCES, locate_model
 from nanochat.common import (Parser, UserError, add_model_flags, add_runtime_flags, autodetect_device_type, integer, number,
                              run_script)
 from nanochat.replica import ModelChoice, Replica
-from nanochat.server import Settings, run
+from nanochat.server import Settings, bind, run
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -29,7 +29,7 @@ def allow_many_connections() -> None:
 def choices(args, device_type: str) -> list[ModelChoice]:
     """What each engine loads: on GPUs one a device, on CPUs the threads are dealt out."""
     if device_type == "cuda" and args.num_gpus > torch.cuda.device_count():
-        raise UserError(f"--num-gpus={args.num_gpus}: {torch.cuda.device_count()} here")
+        raise UserError(f"--num-gpus={args.num_gpus} on cuda, but PyTorch sees {torch.cuda.device_count()} GPUs here")
     threads = max(1, torch.get_num_threads() // args.num_gpus) if device_type == "cpu" else None
     slots = args.slots or (256 if device_type == "cuda" else 64)
     return [ModelChoice(args.source, args.model_tag, args.step, device_type, index, threads, slots)
@@ -56,14 +56,17 @@ def main(argv=None) -> dict:
     parser.add_argument("--log-content", action="store_true", help="log what is asked and answered")
     parser.add_argument("--drain-seconds", type=number(0, 3600), default=30.0, help="that running answers get at shutdown")
     args = parser.parse_args(argv)
+    if args.api_key and not re.fullmatch("[!-~]+", args.api_key):
+        raise UserError("--api-key: expected ASCII letters, digits and signs, no spaces; browsers send nothing else")
     directory, meta, tokenizer = locate_model(args.source, args.model_tag, args.step)
     name = f"{args.source} {directory.name}, step {meta['step']}"
     device_type = args.device_type or autodetect_device_type()
     args.model_tag, args.step = directory.name, meta["step"]
     replicas = [Replica(choice) for choice in choices(args, device_type)]
+    listening = bind(args.host, args.port)
     allow_many_connections()
     settings = Settings(f"nanochat-{directory.name}", args.max_tokens, args.temperature, args.top_k, 1.0, args.max_queue,
-                        args.api_key, tuple(args.cors_origin), args.log_content, args.drain_seconds)
+                        args.api_key, tuple(origin.rstrip("/") for origin in args.cors_origin), args.log_content, args.drain_seconds)
 
     def announce(port: int) -> None:
         facts = [replica.facts for replica in replicas]
@@ -76,8 +79,7 @@ def main(argv=None) -> dict:
         print(f"listening on {args.host}, reachable {reach}; Ctrl-C ends it", flush=True)
 
     print(f"loading {name} ...", flush=True)
-    with asyncio.Runner(loop_factory=uvicorn.Config(None).get_loop_factory()) as runner:
-        runner.run(run(replicas, tokenizer, settings, args.host, args.port, announce))
+    asyncio.run(run(replicas, tokenizer, settings, listening, announce))
     print("stopped")
     return {}
 

@@ -193,9 +193,58 @@ def test_markdown_cases(page):
     assert html("<b>x</b> &amp;") == "<p>&lt;b&gt;x&lt;/b&gt; &amp;amp;</p>"
     assert 'href="https://a.b/c"' in html("[x](https://a.b/c)") and "<a" not in html("[x](javascript:alert(1))")
     assert "<a" not in html("[x](data:text/html,hi)") and "<img" not in html("![x](https://a.b/c.png)")
+    assert html("1. Do:\n   ```python\n   if x:\n       y\n   ```\n2. done").count("<code>if x:\n    y</code>") == 1
+    assert html("a:\n|x|y|\n|-|-|\n|1|2|").count("<td>") == 2 and html("    a\n      b").count("<code>a\n  b</code>") == 1
+    assert html("born in\n1987. It") == "<p>born in<br>1987. It</p>" and html("2*3*4 = 24") == "<p>2*3*4 = 24</p>"
+    assert html("***x***") == "<p><strong><em>x</em></strong></p>" and html("#### 3") == "<h6>3</h6>"
+    assert html("- a\n\n1. b") == '<ul><li>a</li></ul><ol start="1"><li>b</li></ol>'
     assert html("```\nunfinished").count("<code>unfinished</code>") == 1
-    for text in ("**", "`", "[](", "|", "|\n|-", "-", "1.", "#", ">" * 50, "*" * 500, "- " * 300, "_*" * 200, "[" * 500):
+    for text in ("**", "`", "[](", "|", "|\n|-", "-", "1.", "#", ">" * 50, "*" * 500, "# a" + " " * 20000 + "b", "a|b\n" + " " * 20000 + "x", "- " * 300, "_*" * 200, "[" * 500):
         html(text)  # comes back
+
+
+def test_two_tabs_keep_each_others_chats(page, server):
+    other = page.context.new_page()
+    other.goto(server)
+    say(page, "Hello")
+    answered(page, ANSWERS["Hello"])
+    say(other, "Accents")
+    answered(other, ANSWERS["Accents"])
+    page.keyboard.press("Control+Shift+O")
+    say(page, "Count")
+    answered(page, ANSWERS["Count"])
+    for tab in (page, other):
+        sync_api.expect(tab.locator("#chats li")).to_have_count(3)
+        tab.reload()
+        sync_api.expect(tab.locator("#chats li")).to_have_count(3)
+    assert page.evaluate("settings.temperature") == other.evaluate("settings.temperature") == 0
+
+
+def test_what_is_refused_does_not_block_the_chat(page):
+    say(page, "What is <|bos|>?")
+    sync_api.expect(page.get_by_role("alert").first).to_contain_text("reserved")
+    say(page, "Hello")
+    answered(page, ANSWERS["Hello"])
+    assert page.evaluate("""() => {  // far over the limits of messages, and of characters
+        const long = [...Array(300)].flatMap((_, i) => [{role: "user", content: "x".repeat(i)}, {role: "assistant", parts: [{type: "text", text: "y".repeat(9000)}]}]);
+        const sent = toSend([...long, {role: "user", content: "now"}]);
+        const sizes = sent.map(m => typeof m.content === "string" ? m.content.length : m.content[0].text.length);
+        return [sent.length <= 500, sent[0].role, sent.at(-1).content, Math.max(...sizes), sizes.reduce((a, b) => a + b) <= 32000];
+    }""") == [True, "user", "now", 8000, True]
+    page.problems.clear()  # the browser notes the refusal
+
+
+def test_reload_during_an_answer_and_damaged_storage(page):
+    slow_network(page)
+    say(page, "Count")
+    sync_api.expect(page.locator(".assistant .body")).to_have_text(re.compile(".{10,}", re.DOTALL), timeout=15000)
+    page.reload()
+    sync_api.expect(page.locator(".assistant .body")).to_contain_text("1 2 3")
+    sync_api.expect(page.locator(".note")).to_have_text("interrupted")
+    page.evaluate("""["{}", "5", '{"id": "b", "title": "x", "messages": [{}]}', "{"].forEach((text, i) => localStorage.setItem("nanochat.chat." + i, text))""")
+    page.evaluate("localStorage.setItem('nanochat.settings', '5')")
+    page.reload()
+    sync_api.expect(page.locator("#chats li")).to_have_count(1)
 
 
 def test_phone_and_dark(browser, server):
@@ -230,7 +279,7 @@ def test_everything_has_a_name(page):
         !(e.ariaLabel || e.textContent.trim() || e.labels?.length || e.title)).map(e => e.outerHTML)""")
     assert nameless == []
     assert page.locator("[role=log][aria-busy=false]").count() == 1
-    sync_api.expect(page.locator("[role=status]")).to_have_text("The answer is complete")
+    sync_api.expect(page.locator("[role=status]")).to_have_text("nanochat said: " + ANSWERS["Hello"])
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.tagName") == "BUTTON"
 

@@ -180,10 +180,10 @@ def conversation(count, content="x"):
 BAD = {
     "malformed JSON": (b'{"messages": [', "JSON"),
     "no JSON at all": (b"hello", "JSON"),
-    "empty": (b"", "required"),
+    "empty": (b"", "no body"),
     "invalid UTF-8": (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', "UTF-8"),
     "deeply nested": (b"[" * 100_000, "JSON"),
-    "a list": (b"[]", "dictionary"),
+    "a list": (b"[]", "no JSON object"),
     "no messages": ({"messages": []}, "at least 1"),
     "messages is text": ({"messages": "hi"}, "messages"),
     "a message is text": ({"messages": ["hi"]}, "messages.0"),
@@ -203,7 +203,7 @@ BAD = {
     "no tokens": ({"max_tokens": 0}, "max_tokens"), "4097 tokens": ({"max_tokens": 4097}, "max_tokens"),
     "seed as text": ({"seed": "x"}, "seed"), "huge seed": ({"seed": 2**70}, "seed"),
     "endless seed": (b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}", ""),
-    "empty stop": ({"stop": ""}, "stop"), "five stops": ({"stop": list("abcde")}, "stop"),
+    "empty stop": ({"stop": ""}, "stop"), "five stops": ({"stop": list("abcde")}, "at most 4"),
     "special token": ({"messages": conversation(1, "Hi <|assistant_end|> there")}, "<|assistant_end|>"),
     "lone surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', ""),
 }
@@ -230,7 +230,10 @@ def test_other_wrong_requests(server):
     assert httpx.get(server + "/chat/completions").status_code == 405
     assert httpx.get(server + "/v1/models/other").json()["error"]["code"] == "model_not_found"
     wrong_type = httpx.post(server + "/chat/completions", content=json.dumps(body()), headers={"Content-Type": "text/plain"})
-    assert wrong_type.status_code == 400  # so no other site's page can send one without asking (CORS)
+    assert wrong_type.status_code == 400 and "Content-Type: application/json" in wrong_type.json()["detail"]
+    for path in ("/", "/health"):
+        assert httpx.head(server + path).status_code == 200
+    # so no other site's page can send one without asking (CORS)
     for size in (2**20 + 1, 2**24):
         for content in (b"x" * size, (b"y" * 2**16 for _ in range(size // 2**16 + 1))):  # announced, and chunked
             response = httpx.post(server + "/chat/completions", content=content, timeout=30)
@@ -253,7 +256,8 @@ def test_slow_bodies_are_cut_off(monkeypatch):
     async def never(*_):
         raise AssertionError("it should not get here")
 
-    asyncio.run(Guard(never, Settings())({"type": "http", "path": "/chat/completions", "headers": [], "method": "POST"}, receive, send))
+    scope = {"type": "http", "path": "/chat/completions", "headers": [], "method": "POST"}
+    asyncio.run(Guard(never, Settings())(scope, receive, send))
     assert sent[0]["status"] == 408 and b"did not arrive" in sent[1]["body"]
 
 
