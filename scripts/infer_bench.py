@@ -86,7 +86,7 @@ def line(result: dict) -> str:
     cells = []
     for column in COLUMNS:
         value = result[column]
-        cells.append(f"{value:,}" if isinstance(value, int) else f"{value:.0%}" if column == "share" else
+        cells.append("-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.0%}" if column == "share" else
                      f"{value:,.0f}" if value >= 100 else f"{value:.2f}")
     return "  ".join(cell.rjust(len(column)) for cell, column in zip(cells, COLUMNS))
 
@@ -104,6 +104,13 @@ def main(argv=None) -> dict:
     parser.add_argument("--json", default=None, metavar="FILE", help="write the table there too")
     add_runtime_flags(parser)
     args = parser.parse_args(argv)
+    if args.source is None and (args.model_tag or args.step is not None):
+        raise UserError("-g and -s choose a trained model: name its stage, too, with -i")
+    if args.json:
+        try:
+            open(args.json, "a").close()
+        except OSError as error:
+            raise UserError(f"--json={args.json}: {error.strerror}") from error
     runtime = compute_init(args.device_type)
     if args.source:
         model, tokenizer, meta = load_model(args.source, runtime.device, "eval", args.model_tag, args.step, runtime.dtype)
@@ -114,8 +121,8 @@ def main(argv=None) -> dict:
         name = f"random weights, depth {args.depth}"
     limit = model.config.sequence_len - args.max_new_tokens
     if max(args.context_lengths) > limit:
-        raise UserError(f"--context-lengths={max(args.context_lengths)}: at most {limit}, the context less "
-                        "--max-new-tokens")
+        raise UserError(f"--context-lengths={max(args.context_lengths)} and --max-new-tokens={args.max_new_tokens} do not fit "
+                        f"into the context of {model.config.sequence_len} tokens")
     sheet = peak_bandwidth(device_name(runtime.device)) if runtime.device.type == "cuda" else None
     print(f"{name} | {device_name(runtime.device)} | {runtime.dtype_name}"
           + (f" | data sheet {sheet / 1e9:,.0f} GB/s" if sheet else ""))
@@ -125,7 +132,7 @@ def main(argv=None) -> dict:
         for batch in args.batch_sizes:
             result = measure(model, tokenizer, runtime, batch, context, args.max_new_tokens, not args.no_graphs)
             alone = next((r for r in results if r["batch"] == 1 and r["context"] == context), None)
-            result["x batch 1"] = result["decode tok/s"] / alone["decode tok/s"] if alone else 1.0 if batch == 1 else 0.0
+            result["x batch 1"] = result["decode tok/s"] / (alone or result)["decode tok/s"] if alone or batch == 1 else None
             results.append(result)
             print(line(result), flush=True)
     report = {"model": name, "device": device_name(runtime.device), "dtype": runtime.dtype_name, "results": results}

@@ -14,7 +14,7 @@ import torch
 from nanochat import common
 from nanochat.common import UserError
 from nanochat.tokenizer import RustBPETokenizer
-from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, tok_eval, tok_train
+from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, infer_bench, tok_eval, tok_train
 
 from tests.conftest import WORDS
 
@@ -222,3 +222,17 @@ def test_devices_and_dtypes(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no such device"):
             common.compute_init("cuda")
+
+
+def test_infer_bench(tmp_path, capsys):
+    report = infer_bench.main(["--depth=1", "--max-seq-len=128", "--batch-sizes=2,1,2", "--context-lengths=20", "--max-new-tokens=12",
+                               "--json", str(tmp_path / "table.json")])
+    assert [r["batch"] for r in report["results"]] == [2, 1, 2] and report["results"][0]["x batch 1"] is None
+    first, alone, last = json.loads((tmp_path / "table.json").read_text())["results"]
+    assert last["x batch 1"] == pytest.approx(last["decode tok/s"] / alone["decode tok/s"])
+    assert 0 < alone["share"] and alone["GB/s"] * 1e9 > 50 * alone["decode tok/s"] * 128  # at least the head's 32,768 rows
+    assert len(capsys.readouterr().out.splitlines()) == 7
+    for flags, told in ((["-g", "d12"], "with -i"), (["--json", "/nowhere/x.json"], "nowhere"), (["--context-lengths=4000"], "do not fit"),
+                        (["--batch-sizes=0"], "at least 1")):
+        with pytest.raises(UserError, match=told):
+            infer_bench.main([*flags, "--depth=1", "--max-seq-len=128"])
