@@ -1,6 +1,8 @@
 """Accuracy of a chat model on a task: multiple choice by the logits of the letters, or generated answers."""
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +67,12 @@ def _generative_verdicts(engine: Engine, task, indices, *, num_samples, max_new_
     completions = engine.generate_many([p for p in prompts for _ in range(num_samples)], max_tokens=max_new_tokens,
                                        temperature=temperature, top_k=top_k, seed=seed, batch_size=batch_size)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
-    return [any(task.evaluate(task[index], text) for text in texts[n * num_samples:(n + 1) * num_samples])
-            for n, index in enumerate(indices)]
+
+    def passed(n: int) -> bool:
+        return any(task.evaluate(task[indices[n]], text) for text in texts[n * num_samples:(n + 1) * num_samples])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # for tasks whose answers are programs, which run elsewhere
+        return list(pool.map(passed, range(len(indices))))
 
 
 def evaluate_task(model, tokenizer, task, runtime, *, max_problems: int | None = None, batch_size: int = 32,

@@ -4,6 +4,7 @@ from nanochat.common import UserError
 from tasks.arc import ARC
 from tasks.common import Task
 from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -12,10 +13,11 @@ EVAL_TASKS = {
     "ARC-Challenge": lambda: ARC("ARC-Challenge", "test"),
     "MMLU": lambda: MMLU("test"),
     "GSM8K": lambda: GSM8K("test"),
+    "HumanEval": lambda: HumanEval(),
     "SpellingBee": lambda: SpellingBee(256, "test"),
     "SimpleSpelling": lambda: SimpleSpelling(256, "test"),
 }
-NEEDS_HUB = {"ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K"}
+NEEDS_HUB = {"ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval"}
 HUB_SPLITS = (  # repository, subset, split: all that trainings and evaluations read
     ("HuggingFaceTB/smol-smoltalk", "default", "train"), ("HuggingFaceTB/smol-smoltalk", "default", "test"),
     ("cais/mmlu", "all", "auxiliary_train"), ("cais/mmlu", "all", "test"),
@@ -23,7 +25,7 @@ HUB_SPLITS = (  # repository, subset, split: all that trainings and evaluations 
     ("allenai/ai2_arc", "ARC-Easy", "test"), ("allenai/ai2_arc", "ARC-Challenge", "test"),
     ("openai/openai_humaneval", "openai_humaneval", "test"),
 )
-CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "SpellingBee")  # what the mean is taken over
+CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")  # what the mean is taken over
 
 
 def parse_task_names(text: str | None) -> list[str]:
