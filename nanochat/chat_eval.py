@@ -32,6 +32,11 @@ class Accuracy:
         return (self.accuracy - self.baseline) / (1 - self.baseline)
 
 
+def chatcore_metric(accuracies: dict[str, Accuracy], names) -> float | None:
+    """Mean centered accuracy of the named tasks, None where one is missing."""
+    return sum(accuracies[name].centered for name in names) / len(names) if set(names) <= set(accuracies) else None
+
+
 def _prompts(task, indices, tokenizer, limit: int) -> list[list[int]]:
     return [tokenizer.render_for_completion(task[i], max_tokens=limit) for i in indices]
 

@@ -136,6 +136,11 @@ def add_training_output_flags(parser: "Parser") -> None:
                         help="go on from the last checkpoint, or from STEP; starts afresh if there is none yet")
 
 
+def steps_or_auto(text: str) -> int | None | str:
+    """Argument type: a number of steps, -1 for never, or "auto"."""
+    return text if text == "auto" else integer(1, off=-1)(text)
+
+
 def run_name(text: str) -> str:
     """Argument type: the name of a run, which becomes a directory's."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text) or ".previous" in text:

@@ -12,7 +12,7 @@ from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, che
                                          config_to_meta, environment, find_resume_step, load_meta, load_optimizer_states,
                                          load_tensors, source_dir)
 from nanochat.common import (DTYPES, Parser, UserError, add_runtime_flags, add_training_output_flags, batch_size,
-                             compute_cleanup, compute_init, integer, number, print0, run_name, run_script)
+                             compute_cleanup, compute_init, integer, number, print0, run_name, run_script, steps_or_auto)
 from nanochat.core_eval import CoreEvaluation
 from nanochat.dataloader import PretrainLoader, fixed_rows
 from nanochat.dataset import check_readable, find_corpus
@@ -246,11 +246,6 @@ def main(argv=None) -> dict:
                "directory": str(directory), "peak_memory_bytes": runtime.peak_memory_bytes()}
     compute_cleanup()
     return results
-
-
-def steps_or_auto(text: str) -> int | None | str:
-    """Argument type: a number of steps, -1 for never, or "auto"."""
-    return text if text == "auto" else integer(1, off=-1)(text)
 
 
 @contextlib.contextmanager

@@ -8,11 +8,13 @@ import os
 from dataclasses import asdict, replace
 
 from nanochat import hub, ranks, schedule
+from nanochat.chat_eval import chatcore_metric, evaluate_task
 from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, check_tokenizer, config_from_meta,
                                          config_to_meta, environment, find_resume_step, find_run, find_step, load_meta,
                                          load_optimizer_states, load_tensors, source_dir)
 from nanochat.common import (DTYPES, Parser, UserError, add_model_flags, add_runtime_flags, add_training_output_flags,
-                             batch_size, compute_cleanup, compute_init, get_base_dir, integer, number, print0, run_script)
+                             batch_size, compute_cleanup, compute_init, get_base_dir, integer, number, print0, run_script,
+                             steps_or_auto)
 from nanochat.dataloader import SFTLoader, fixed_sft_rows
 from nanochat.hardware import peak_for
 from nanochat.loss_eval import evaluate_bpb
@@ -27,11 +29,13 @@ from tasks.common import TaskMixture, hub_data_available
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
+from tasks.registry import CHATCORE, NEEDS_HUB, make_task
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee, load_words
 
 MUON_MOMENTUM = 0.90  # where pretraining ends
 WARMDOWN_RATIO = 0.5
+CHATCORE_EVERY = 200
 # what stands in for a data set that cannot be had: kind of built-in conversation, rows
 STAND_INS = {"SmolTalk": (("facts", 6000), ("small talk", 1500)), "GSM8K": (("arithmetic", 6000), ("word problems", 4000)),
              "MMLU": ()}
@@ -65,6 +69,10 @@ def parse_args(argv):
     parser.add_argument("--init-lr-frac", type=number(), default=0.8, help="share of the pretraining learning rates")
     # evaluation, output
     parser.add_argument("--eval-every", type=integer(1, off=-1), default=200, help="steps; -1 at the end only")
+    parser.add_argument("--chatcore-every", type=steps_or_auto, default="auto",
+                        help="steps; -1 never; auto: 200 on GPUs, never elsewhere, where it takes too long")
+    parser.add_argument("--chatcore-max-cat", type=integer(1, off=-1), default="-1", help="problems of a multiple-choice task; -1 all")
+    parser.add_argument("--chatcore-max-sample", type=integer(1, off=-1), default=24, help="problems of a task with written answers")
     parser.add_argument("--eval-rows", type=integer(1), default=1000, help="conversations of the validation mixture")
     add_training_output_flags(parser)
     return parser.parse_args(argv)
@@ -80,6 +88,14 @@ def obtain(name: str, make_train, make_val) -> tuple | None:
             raise
         print0(f"{name}: {error}")
         return None
+
+
+def chatcore_tasks(builtin: bool) -> dict:
+    """The tasks of ChatCORE that can be had, by name."""
+    names = [name for name in CHATCORE if name not in NEEDS_HUB or not builtin and hub_data_available()]
+    if len(names) < len(CHATCORE):
+        print0(f"ChatCORE: only {', '.join(names)}; the others' data is out of reach")
+    return {name: make_task(name) for name in names}
 
 
 def build_mixtures(args) -> tuple[TaskMixture, TaskMixture]:
@@ -206,6 +222,9 @@ def main(argv=None) -> dict:
     for group in optimizer.param_groups:
         group["initial_lr"] = base_meta["effective_lrs"][group["names"][0]] * args.init_lr_frac
         group["weight_decay"] = 0.0
+    if args.chatcore_every == "auto":
+        args.chatcore_every = CHATCORE_EVERY if runtime.device.type == "cuda" else None
+    chatcore = chatcore_tasks(args.builtin) if args.chatcore_every else {}
     val_inputs, val_targets = fixed_sft_rows(tokenizer, val_mixture, sequence_len)
     token_bytes = tokenizer.token_bytes()
 
@@ -241,6 +260,15 @@ def main(argv=None) -> dict:
                 state.best_val_bpb = min(state.val_bpb, state.best_val_bpb or state.val_bpb)
                 progress.log(state.step, val_bpb=state.val_bpb)
                 print0(f"step {state.step:,} | val_bpb {state.val_bpb:.4f} (of what the assistant says)")
+            if looking and chatcore and state.due(args.chatcore_every, last):
+                with model.weights_cast_once():
+                    accuracies = {name: evaluate_task(model, tokenizer, task, runtime, max_problems=(
+                        args.chatcore_max_cat if task.eval_type == "categorical" else args.chatcore_max_sample),
+                        max_new_tokens=sequence_len // 2) for name, task in chatcore.items()}
+                metric = chatcore_metric(accuracies, CHATCORE)
+                progress.log(state.step, chatcore=metric, **{f"chatcore/{name}": a.accuracy for name, a in accuracies.items()})
+                print0(f"step {state.step:,} | ChatCORE {'-' if metric is None else f'{metric:.4f}'} | "
+                       + " | ".join(f"{name} {a.accuracy:.1%}" for name, a in accuracies.items()))
             if looking:
                 state.evaluated_step = state.step
             if (stopping or state.due(args.save_every, last)) and state.saved_step != state.step:

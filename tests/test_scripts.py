@@ -44,6 +44,8 @@ def test_every_stage_runs(trained, capsys, monkeypatch):
     assert results["tag"] == "d2" and 1 < results["val_bpb"] < 10 and len(results["samples"]) == 6
     accuracies = chat_eval.main(["-a", "SpellingBee,SimpleSpelling", "-x", "8", "-m", "8"])
     assert set(accuracies) == {"SpellingBee", "SimpleSpelling"}
+    (table,) = (trained / "chat_eval").glob("sft_d2_*.json")
+    assert json.loads(table.read_text())["tasks"]["SpellingBee"]["total"] == 8 and not list(table.parent.glob("*.unfinished*"))
     table = tok_eval.main([])
     korean, tokenizer = tok_eval.SAMPLES["korean"], RustBPETokenizer.from_directory(trained / "tokenizer")
     assert table["nanochat"]["korean"] == len(korean.encode()) / len(tokenizer.encode(korean))
@@ -59,6 +61,26 @@ def test_the_mixture_is_printed_with_its_rows(trained, capsys):
     out = capsys.readouterr().out
     assert "built-in conversations stand in" in out
     assert "SimpleSpelling" in out and "50 rows x 1" in out and "rows x 3" in out
+
+
+def test_an_interrupted_chat_eval_goes_on(trained, capsys, monkeypatch):
+    flags, real = ["-a", "SpellingBee,SimpleSpelling", "-x", "8", "-m", "8"], chat_eval.evaluate_task
+    monkeypatch.setattr(chat_eval, "evaluate_task", lambda *args, **kwargs: real(*args, **kwargs) if len(
+        args[2]) == 256 and not hasattr(chat_eval, "once") and not setattr(chat_eval, "once", True) else exit("interrupted"))
+    with pytest.raises(SystemExit):
+        chat_eval.main(flags)
+    monkeypatch.setattr(chat_eval, "evaluate_task", real)
+    del chat_eval.once
+    capsys.readouterr()
+    assert len(chat_eval.main(flags)) == 2
+    out = capsys.readouterr().out
+    assert "finished already: SpellingBee" in out and "SpellingBee ..." not in out and "SimpleSpelling ..." in out
+
+
+def test_chatcore_during_finetuning(trained, capsys):
+    chat_sft.main(["--num-iterations=2", "--eval-rows=16", "--spelling-rows=50", "--builtin", "--chatcore-every=2",
+                   "--chatcore-max-sample=4", "--model-tag=d2"])
+    assert re.search(r"step 2 \| ChatCORE - \| SpellingBee \d", capsys.readouterr().out)
 
 
 def test_metrics_file(trained):
