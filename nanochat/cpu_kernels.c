@@ -109,6 +109,26 @@ void linear(const real *x, const real *w, real *out, int64_t B, int64_t N, int64
     }
 }
 
+// out (n) = cap tanh(x / cap), tanh as a quotient of polynomials (that of the Eigen library, error about 1e-7).
+void softcap(const real *x, float *out, int64_t n, float cap, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        float v = read(x[i]) / cap;
+        v = v > 7.9f ? 7.9f : v < -7.9f ? -7.9f : v;  // not fminf, which compilers do not vectorize
+        float s = v * v, p = -2.76076847742355e-16f, q = 1.19825839466702e-06f;
+        p = p * s + 2.00018790482477e-13f;
+        p = p * s - 8.60467152213735e-11f;
+        p = p * s + 5.12229709037114e-08f;
+        p = p * s + 1.48572235717979e-05f;
+        p = p * s + 6.37261928875436e-04f;
+        p = p * s + 4.89352455891786e-03f;
+        q = q * s + 1.18534705686654e-04f;
+        q = q * s + 2.26843463243900e-03f;
+        q = q * s + 4.89352518554385e-03f;
+        out[i] = cap * v * p / q;
+    }
+}
+
 // --- what a layer consists of -------------------------------------------------------------------------------------------
 
 // out (C) = a x + b y, and its RMS norm -> normed (C).
@@ -233,7 +253,10 @@ void block(const block_arguments *a) {
     linear(h, a->c_fc, wide, B, F, C, threads);
 #pragma omp parallel for num_threads(threads) if (B > 1)
     for (int64_t b = 0; b < B; b++)
-        for (int64_t i = b * F; i < (b + 1) * F; i++) wide[i] = rounded(fmaxf(read(wide[i]), 0) * fmaxf(read(wide[i]), 0));
+        for (int64_t i = b * F; i < (b + 1) * F; i++) {
+            float x = read(wide[i]);
+            wide[i] = rounded(x > 0 ? x * x : 0);
+        }
     linear(wide, a->mlp_c_proj, y, B, C, F, threads);
     for (int64_t i = 0; i < B * C; i++) out[i] = rounded(read(out[i]) + read(y[i]));
 }

@@ -76,6 +76,7 @@ def load(dtype: torch.dtype):
         print(f"decoding with PyTorch alone, several times slower: the C kernels cannot be had here ({error})", flush=True)
         return None
     library.linear.argtypes, library.linear.restype = [c_void_p] * 3 + [c_int64] * 3 + [c_int], None
+    library.softcap.argtypes, library.softcap.restype = [c_void_p] * 2 + [c_int64, c_float, c_int], None
     library.block.argtypes, library.block.restype = [ctypes.POINTER(BlockArguments)], None
     return library
 
@@ -95,6 +96,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     N, K = weight.shape
     out = x.new_empty(*x.shape[:-1], N)
     load(x.dtype).linear(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // K, N, K, torch.get_num_threads())
+    return out
+
+
+def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(x / cap) in fp32, for what `linear` gave."""
+    out = torch.empty_like(x, dtype=torch.float32)
+    load(x.dtype).softcap(x.data_ptr(), out.data_ptr(), x.numel(), cap, torch.get_num_threads())
     return out
 
 

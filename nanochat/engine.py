@@ -17,7 +17,8 @@ from nanochat.hardware import free_memory_bytes
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import sample_tokens
 
-CHUNK_TOKENS = {"cuda": 2048, "cpu": 128}  # prompt tokens of one step, so that long prompts do not stall the others
+CHUNK_TOKENS = {"cuda": 2048, "cpu": 128}  # prompt tokens of one step, so that long prompts do not stall the others,
+OFFLINE_FACTOR = 8  # and so many times that where nobody waits for the others' next word
 MAX_SLOTS = {"cuda": 256, "cpu": 64}
 MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}  # of what is free, for the cache
 MIN_ANSWER_TOKENS = 32  # room that a conversation leaves for the answer
@@ -144,6 +145,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.use_graphs = model.device.type == "cuda" and (slots is not None if graphs is None else graphs)
         self.context = model.config.sequence_len
+        self.chunk_tokens = CHUNK_TOKENS.get(model.device.type, 128) * (OFFLINE_FACTOR if slots is None else 1)
         special = tokenizer.encode_special
         self.python_start, self.python_end = special("<|python_start|>"), special("<|python_end|>")
         self.output_start, self.output_end = special("<|output_start|>"), special("<|output_end|>")
@@ -261,7 +263,7 @@ class Engine:
         slots = [slot for slot, occupant in enumerate(self.occupants) if occupant and self._left(slot) > 1]
         if not slots:
             return
-        budget = CHUNK_TOKENS.get(self.model.device.type, 128)
+        budget = self.chunk_tokens
         # short prompts first, which are soon done; every other step the one that has been there longest
         slots.sort(key=self._left if self.steps % 2 else self.since.__getitem__)
         T = min(budget, self._left(slots[0]) - 1)

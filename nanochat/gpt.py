@@ -324,7 +324,9 @@ class GPT(nn.Module):
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Features (..., C) -> logits (..., V) in fp32; the padding of the vocabulary is left out."""
         weight = self._unpadded(self.lm_head.weight_as(features.dtype))
-        return loss_functions.softcap(linear(features, weight))
+        if cpu_kernels.fits_linear(features, weight):
+            return cpu_kernels.softcap(cpu_kernels.linear(features, weight), loss_functions.SOFTCAP)
+        return loss_functions.softcap(F.linear(features, weight))
 
     def _unpadded(self, weight: torch.Tensor) -> torch.Tensor:
         """The head's rows of real tokens; a slice only where there is padding, since its gradient costs a copy."""

@@ -39,6 +39,12 @@ def test_linear_against_float64(dtype, rows):
         assert torch.equal(cpu_kernels.linear(x[row:row + 1], weight)[0], out[row])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softcap_against_float64(dtype):
+    x = torch.cat((torch.linspace(-200, 200, 1001), torch.linspace(-1, 1, 100))).to(dtype)
+    torch.testing.assert_close(cpu_kernels.softcap(x, 15.0).double(), 15 * torch.tanh(x.double() / 15), rtol=2e-6, atol=1e-6)
+
+
 def filled(config, dtype):
     """A model whose every weight counts, and a cache with three rows of different lengths."""
     torch.manual_seed(0)
