@@ -58,17 +58,35 @@ enum { STEP = LANES };
 static inline floats step(floats sum, const real *a, const real *b) { return sum + load(a) * load(b); }
 #endif
 
-static inline float total(floats v) {
+// Sum of a vector's floats; and of four vectors at once, in the same order.
 #if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
+static inline __m128 join_quarters(__m512 v) {
+    __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+}
+static inline float total(floats v) {
+    __m512 x = (__m512)v;
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));  // 2 3 0 1
+    return _mm_cvtss_f32(join_quarters(_mm512_add_ps(x, _mm512_permute_ps(x, 0xb1))));  // 1 0 3 2
+}
+static inline void total_four(const floats *v, float *out) {
+    __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    _mm_storeu_ps(out, join_quarters(_mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd))));
+}
 #else
+static inline float total(floats v) {
     float lanes[LANES];
     memcpy(lanes, &v, sizeof lanes);
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
     return lanes[0];
-#endif
 }
+static inline void total_four(const floats *v, float *out) {
+    for (int i = 0; i < 4; i++) out[i] = total(v[i]);
+}
+#endif
 
 // --- products --------------------------------------------------------------------------------------------------------
 
@@ -83,8 +101,12 @@ static inline __attribute__((always_inline)) void tile(int R, int J, const real 
         for (int r = 0; r < R; r++)
             for (int j = 0; j < J; j++) sums[r][j] = step(sums[r][j], x + r * K + k, w + j * K + k);
     }
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < J; j++) out[r * N + j] = rounded(total(sums[r][j]));
+    for (int r = 0; r < R; r++) {
+        float totals[4];
+        if (J == 4) total_four(sums[r], totals);
+        else totals[0] = total(sums[r][0]);
+        for (int j = 0; j < J; j++) out[r * N + j] = rounded(totals[j]);
+    }
 }
 
 // out (B, N) = x (B, K) w (N, K)^T; N a multiple of 4, K of 32. For few rows w is read from one end to the other, as memory
