@@ -12,7 +12,7 @@ MAX_MAGNITUDE = 10**30  # of an intermediate integer or float
 
 _COUNT = re.compile(r"""\s*(?P<q>['"])(?P<text>[^'"\\\n]*)(?P=q)\s*\.\s*count\s*\(\s*(?P<r>['"])(?P<part>[^'"\\\n]*)(?P=r)
                         \s*\)\s*""", re.VERBOSE)
-_TOKEN = re.compile(r"\s*(?:(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+)|(?P<op>//|[-+*/%()]))")
+_TOKEN = re.compile(r"\s*(?:(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+)|(?P<op>//|[-+*/%()]))", re.ASCII)
 
 
 class _NoResult(Exception):

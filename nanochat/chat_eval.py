@@ -54,12 +54,12 @@ def _categorical_verdicts(model, tokenizer, task, indices, batch_size: int) -> l
         idx = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in batch], device=model.device)
         ends = torch.tensor([len(prompts[i]) - 1 for i in batch], device=model.device)
         features = model.features(idx)[torch.arange(len(batch), device=model.device), ends]
-        logits = model.logits(features)
-        for row, i in enumerate(batch):
-            conversation = task[indices[i]]
-            letters = conversation["letters"]
-            ids = [tokenizer.encode(letter)[0] for letter in letters]
-            verdicts[i] = task.evaluate(conversation, letters[logits[row, ids].argmax().item()])
+        conversations = [task[indices[i]] for i in batch]
+        letters = sorted({letter for conversation in conversations for letter in conversation["letters"]})
+        logits = model.logits(features, [tokenizer.encode(letter)[0] for letter in letters]).tolist()
+        for i, conversation, row in zip(batch, conversations, logits):
+            answer = max(conversation["letters"], key=lambda letter: row[letters.index(letter)])
+            verdicts[i] = task.evaluate(conversation, answer)
     return verdicts
 
 

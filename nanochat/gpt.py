@@ -321,9 +321,10 @@ class GPT(nn.Module):
         features = self.features(idx, kv_cache)[:, -1]
         return self.logits(features)
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (..., C) -> logits (..., V) in fp32; the padding of the vocabulary is left out."""
+    def logits(self, features: torch.Tensor, tokens: list[int] | None = None) -> torch.Tensor:
+        """Features (..., C) -> logits (..., V) in fp32, without the padding of the vocabulary; or those of some tokens only."""
         weight = self._unpadded(self.lm_head.weight_as(features.dtype))
+        weight = weight if tokens is None else weight[tokens]
         if cpu_kernels.fits_linear(features, weight):
             return cpu_kernels.softcap(cpu_kernels.linear(features, weight), loss_functions.SOFTCAP)
         return loss_functions.softcap(F.linear(features, weight))

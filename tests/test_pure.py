@@ -4,6 +4,7 @@ import math
 import random
 import threading
 import time
+import tracemalloc
 
 import pytest
 
@@ -153,6 +154,26 @@ def test_calculator_has_no_result(expression):
     start = time.perf_counter()
     assert calculate(expression) is None
     assert time.perf_counter() - start < 1
+
+
+HOSTILE = ("9" * 10**6, "1." + "0" * 10**6, "9" * 200 + "*" + "9" * 50, "(" * 10**6, "-" * 10**6 + "1", "*".join(["99999"] * 40),
+           "1+" * 10**5 + "1", "9**9**9", "2 << 1000000000", "1" + ",000" * 10**5, " " * 10**7, "1 " * 10**6, "\n" * 10**6,
+           "'a' * 1000000000", "'a'.ljust(1000000000)", "'%1000000000d' % 1", "f'{1:1000000000}'", "'a'.center(10**9, 'b')",
+           "'" + "a" * 10**7 + "'.count('a')", "'a'.count('" + "a" * 10**6 + "')", "'a'.replace('a', 'b' * 10**9)",
+           "'a'.count('a') * 10**10", "str(10**100000)", "[0] * 10**10", "range(10**10)", "lambda: 0", "0x" + "f" * 10**5, "1e308*10",
+           "1e-400", "1" + "0" * 29 + "*100", "10" + "%3" * 10**5, "'" * 10**5, "\x00" * 1000, "\u0661\u0662")
+
+
+def test_hostile_expressions_have_no_result_and_take_no_memory():
+    """From another thread, within 10 MB of new memory."""
+    results: list = []
+    tracemalloc.start()
+    thread = threading.Thread(target=lambda: results.extend(map(calculate, HOSTILE)))
+    thread.start()
+    thread.join()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert results == [None] * len(HOSTILE) and peak < 10 * 2**20
 
 
 def test_calculator_off_the_main_thread():
