@@ -42,7 +42,7 @@ if [ -n "$REHEARSE" ]; then  # the same stages and processes, toy sizes
            --num-iterations=20 --save-every=10 --eval-every=10 --eval-tokens=16384 --sample-every=-1)
     preflight=(--max-seq-len=256 --num-iterations=20 --total-batch-size=8192 --vocab-size=4096)
     tokenizer=(--vocab-size=4096 --max-chars=3000000)
-    base_eval=(--split-tokens=16384 --device-batch-size=4 --max-new-tokens=8)
+    base_eval=(--split-tokens=16384 --device-batch-size=4 --max-new-tokens=8 --max-per-task=16)
     sft=(--num-iterations=12 --save-every=6 --eval-every=-1 --eval-rows=64 --spelling-rows=500)
     chat_eval=(-x 16 -m 32)
     identities=200

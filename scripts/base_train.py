@@ -20,6 +20,7 @@ from nanochat.engine import Engine
 from nanochat.fp8 import check_fp8, convert_to_fp8, fp8_disabled
 from nanochat.gpt import build_model
 from nanochat.hardware import peak_for
+from nanochat.hub import DownloadError
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import build_optimizer
 from nanochat.progress import Progress, human
@@ -127,11 +128,7 @@ def main(argv=None) -> dict:
     if args.device_batch_size == "auto":
         rows, micro_steps = rows_that_fit(config, run_plan.total_batch_size // args.max_seq_len, runtime)
         run_plan = replace(run_plan, device_batch_size=rows, grad_accum_steps=micro_steps)
-    if args.core_metric_every == "auto":
-        args.core_metric_every = CORE_EVERY if runtime.device.type == "cuda" else None
-        print0(f"CORE: every {CORE_EVERY} steps and at the end" if args.core_metric_every else
-               "CORE: not during this training; it is slow without a GPU (--core-metric-every)")
-    core = CoreEvaluation(tokenizer, args.core_metric_max_per_task, keep=True) if args.core_metric_every else None
+    core = core_evaluation(args, tokenizer, runtime)
     peak, peak_source = peak_for(runtime.device, runtime.dtype)
     counts = count_parameters(config)
     print0(f"device: {peak_source}, {human(peak)}FLOP/s | world size {runtime.world_size} | "
@@ -246,6 +243,22 @@ def main(argv=None) -> dict:
                "directory": str(directory), "peak_memory_bytes": runtime.peak_memory_bytes()}
     compute_cleanup()
     return results
+
+
+def core_evaluation(args, tokenizer, runtime) -> CoreEvaluation | None:
+    """CORE for this training, None without; sets --core-metric-every where it was left to us."""
+    automatic = args.core_metric_every == "auto"
+    if automatic:
+        args.core_metric_every = CORE_EVERY if runtime.device.type == "cuda" else None
+        print0(f"CORE: every {CORE_EVERY} steps and at the end" if args.core_metric_every else
+               "CORE: not during this training; it is slow without a GPU (--core-metric-every)")
+    try:
+        return CoreEvaluation(tokenizer, args.core_metric_max_per_task, keep=True) if args.core_metric_every else None
+    except DownloadError as error:
+        if not automatic:
+            raise
+        print0(f"CORE: left out, its data cannot be had ({str(error).split(';')[0]})")
+        return None
 
 
 @contextlib.contextmanager
