@@ -47,6 +47,12 @@ def bundle_dir() -> Path:
     return folder
 
 
+def bundle_in_reach() -> bool:
+    """Whether `bundle_dir` would probably find one; a look of seconds, without retries."""
+    return bool(os.environ.get("NANOCHAT_EVAL_BUNDLE")) or (get_base_dir() / "eval_bundle" / "core.yaml").exists() or (
+        hub.is_reachable(os.environ.get("NANOCHAT_EVAL_BUNDLE_URL") or BUNDLE_URL))
+
+
 def _unpack(archive: Path, folder: Path) -> None:
     """To a temporary name first, so that the folder is whole when it is there; the archive goes."""
     temporary = folder.with_name(folder.name + ".tmp")

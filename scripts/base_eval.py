@@ -16,11 +16,11 @@ from nanochat import huggingface
 from nanochat.checkpoint_manager import load_model, locate_model
 from nanochat.common import (Parser, UserError, add_model_flags, add_runtime_flags, compute_cleanup, compute_init, get_base_dir,
                              integer, print0, run_script)
-from nanochat.core_eval import GPT2_SIZES, CoreEvaluation, TaskResult, core_metric, gpt2_scores, load_items
+from nanochat.core_eval import (GPT2_SIZES, CoreEvaluation, TaskResult, bundle_in_reach, core_metric, gpt2_scores,
+                                load_items)
 from nanochat.dataloader import fixed_rows
 from nanochat.dataset import find_corpus
 from nanochat.engine import Engine
-from nanochat.hub import DownloadError
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.results import FinishedTasks
 
@@ -132,13 +132,10 @@ def main(argv=None) -> dict:
     if "core" in wanted:
         settings = {"model": name, "version": version, "max_per_task": args.max_per_task, "limit": limit,
                     "dtype": runtime.dtype_name}
-        try:
-            evaluation = CoreEvaluation(tokenizer, args.max_per_task, limit)
-        except DownloadError as error:
-            if args.eval:
-                raise
-            print0(f"no CORE, whose data cannot be had ({str(error).split(';')[0]}); NANOCHAT_EVAL_BUNDLE names a copy")
+        if args.eval is None and not bundle_in_reach():
+            print0("CORE: left out, its data is out of reach (NANOCHAT_EVAL_BUNDLE names a copy)")
         else:
+            evaluation = CoreEvaluation(tokenizer, args.max_per_task, limit)
             results |= evaluate_core(evaluation, model, runtime, name, settings, args.per_example, **options)
 
     if "bpb" in wanted:

@@ -13,14 +13,13 @@ from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, che
                                          load_tensors, source_dir)
 from nanochat.common import (DTYPES, Parser, UserError, add_runtime_flags, add_training_output_flags, batch_size,
                              compute_cleanup, compute_init, integer, number, print0, run_name, run_script, steps_or_auto)
-from nanochat.core_eval import CoreEvaluation
+from nanochat.core_eval import CoreEvaluation, bundle_in_reach
 from nanochat.dataloader import PretrainLoader, fixed_rows
 from nanochat.dataset import check_readable, find_corpus
 from nanochat.engine import Engine
 from nanochat.fp8 import check_fp8, convert_to_fp8, fp8_disabled
 from nanochat.gpt import build_model
 from nanochat.hardware import peak_for
-from nanochat.hub import DownloadError
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import build_optimizer
 from nanochat.progress import Progress, human
@@ -252,13 +251,10 @@ def core_evaluation(args, tokenizer, runtime) -> CoreEvaluation | None:
         args.core_metric_every = CORE_EVERY if runtime.device.type == "cuda" else None
         print0(f"CORE: every {CORE_EVERY} steps and at the end" if args.core_metric_every else
                "CORE: not during this training; it is slow without a GPU (--core-metric-every)")
-    try:
-        return CoreEvaluation(tokenizer, args.core_metric_max_per_task, keep=True) if args.core_metric_every else None
-    except DownloadError as error:
-        if not automatic:
-            raise
-        print0(f"CORE: left out, its data cannot be had ({str(error).split(';')[0]})")
-        return None
+    if automatic and args.core_metric_every and not bundle_in_reach():
+        print0("CORE: left out, its data is out of reach (NANOCHAT_EVAL_BUNDLE names a copy)")
+        args.core_metric_every = None
+    return CoreEvaluation(tokenizer, args.core_metric_max_per_task, keep=True) if args.core_metric_every else None
 
 
 @contextlib.contextmanager
