@@ -15,7 +15,8 @@ from nanochat.checkpoint_manager import SOURCES, locate_model
 from nanochat.common import (Parser, UserError, add_model_flags, add_runtime_flags, autodetect_device_type, integer, number,
                              run_script)
 from nanochat.replica import ModelChoice, Replica
-from nanochat.server import Settings, bind, run
+from nanochat.server import bind, run
+from nanochat.service import Settings
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from dev.parrot import ANSWERS, serve
-from nanochat import server as server_module
-from nanochat.server import Guard, Settings
+from nanochat import service
+from nanochat.service import Guard, Settings
 from scripts import chat_web
 from nanochat.common import UserError
 
@@ -242,7 +242,7 @@ def test_other_wrong_requests(server):
 
 
 def test_slow_bodies_are_cut_off(monkeypatch):
-    monkeypatch.setattr(server_module, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(service, "BODY_SECONDS", 0.1)
     sent, pieces = [], iter([{"type": "http.request", "body": b"{", "more_body": True}])
 
     async def receive():
