@@ -19,7 +19,7 @@ from nanochat.sampling import sample_tokens
 
 CHUNK_TOKENS = {"cuda": 2048, "cpu": 128}  # prompt tokens of one step, so that long prompts do not stall the others,
 OFFLINE_FACTOR = 8  # and so many times that where nobody waits for the others' next word
-MAX_SLOTS = {"cuda": 256, "cpu": 64}
+MAX_SLOTS = {"cuda": 256, "cpu": 64}  # on CPUs as many rows as the C kernels take, which sum alike in every batch
 MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}  # of what is free, for the cache
 MIN_ANSWER_TOKENS = 32  # room that a conversation leaves for the answer
 WORTH_SHARING_TOKENS = 16  # a common beginning at least so long decides which slot a prompt goes to

@@ -41,13 +41,14 @@ def execute_code(code: str, timeout: float = 5.0, maximum_memory_bytes: int = 25
     """Run a program to its end or to a limit: seconds of wall time and of each process's CPU time, memory in all, files in
     all, output. Nothing of it is left afterwards. Safe in any thread."""
     with tempfile.TemporaryDirectory(prefix="nanochat-program-", ignore_cleanup_errors=True) as folder:
-        limits = {"seconds": timeout, "memory_bytes": maximum_memory_bytes, "disk_bytes": maximum_disk_bytes, "folder": folder,
-                  "processes": MAX_PROCESSES, "user_processes": 4096, "secret": secrets.token_hex(8), "namespaces": namespaces}
         reading, writing = os.pipe()
-        process = _start(limits, folder, writing)
+        limits = {"report_fd": writing, "secret": secrets.token_hex(8), "folder": folder, "namespaces": namespaces,
+                  "seconds": timeout, "memory_bytes": maximum_memory_bytes, "disk_bytes": maximum_disk_bytes,
+                  "processes": MAX_PROCESSES, "user_processes": 4096}
+        process = _start(folder, writing)
         os.close(writing)
         try:
-            process.stdin.write(code.encode("utf-8", "replace"))
+            process.stdin.write(json.dumps(limits).encode() + b"\n" + code.encode("utf-8", "replace"))
             process.stdin.close()
         except BrokenPipeError:
             pass
@@ -58,15 +59,12 @@ def execute_code(code: str, timeout: float = 5.0, maximum_memory_bytes: int = 25
     return _result(stdout, stderr, outputs["report"], too_much)
 
 
-def _start(limits: dict, folder: str, report: int) -> subprocess.Popen:
-    """The sandbox, with the pipe for its report as file 3."""
-    def renumber():  # between fork and exec
-        os.dup2(report, 3)
-
+def _start(folder: str, report: int) -> subprocess.Popen:
+    """The sandbox, which inherits the pipe for its report."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
-    return subprocess.Popen([sys.executable, "-I", "-S", "-B", str(SANDBOX), json.dumps(limits)], stdin=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-I", "-S", "-B", str(SANDBOX)], stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", env=environment, start_new_session=True,
-                            pass_fds=(3,), preexec_fn=renumber)
+                            pass_fds=(report,))
 
 
 def _collect(process, report: int, deadline: float, limit: int) -> tuple[dict[str, bytearray], bool]:

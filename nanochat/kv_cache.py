@@ -56,7 +56,7 @@ class KVCache:
 
 
 class CacheRows:
-    """Rows of a cache in one forward pass; `for_pass`, `positions`, `previous`, `layer`, `advance` serve the model."""
+    """Rows of a cache in one forward pass; `for_pass`, `positions`, `last_tokens`, `layer`, `advance` serve the model."""
 
     def __init__(self, cache: KVCache, slots: list[int], counts: list[int] | None):
         device = cache._lengths.device

@@ -1,5 +1,5 @@
-"""Runs one untrusted program. execution.py starts this file as a script of its own, with the program on standard input and
-the limits as JSON in its argument; it imports nothing but the standard library.
+"""Runs one untrusted program. execution.py starts this file as a script of its own; on standard input come a line of JSON,
+the limits, and the program. It imports nothing but the standard library.
 
 Three processes: the launcher, which enters new namespaces; the supervisor, first process in them, which watches; the worker,
 which runs the program. When the supervisor ends, the kernel ends everything that is left in its namespace.
@@ -20,7 +20,6 @@ SET_DEATH_SIGNAL, SET_SUBREAPER, SET_NO_NEW_PRIVILEGES = 1, 36, 38
 MOUNT_SETATTR = 442  # system call, the same number on all processors; Linux 5.12
 COVERED = ("/tmp", "/var/tmp", "/run", "/dev/shm")  # empty in there: other programs' files and sockets
 POLL_S = 0.005
-REPORT_FD = 3
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -99,7 +98,7 @@ def work(program: str, limits: dict, done: int) -> None:
     set_limits(limits)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)
-    sys.argv, sys.path = ["program.py"], [path for path in sys.path if "nanochat" not in path]
+    sys.argv = ["program.py"]
     code = 1
     try:
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
@@ -179,12 +178,12 @@ def end_all() -> None:
 
 
 def main() -> None:
-    limits = json.loads(sys.argv[1])
-    program = sys.stdin.buffer.read().decode("utf-8", "replace")
+    limits = json.loads(sys.stdin.buffer.readline())
+    program, report_fd = sys.stdin.buffer.read().decode("utf-8", "replace"), limits["report_fd"]
     problem = enter_namespaces() if limits["namespaces"] else "switched off"
     supervisor = os.fork()
     if supervisor:
-        os.close(REPORT_FD)
+        os.close(report_fd)
         os.waitpid(supervisor, 0)
         os._exit(0)
     # when the launcher dies: at once with the namespace, else after the program's processes have been killed one by one
@@ -205,7 +204,7 @@ def main() -> None:
     there, done = os.pipe()
     worker = os.fork()
     if worker == 0:
-        os.close(REPORT_FD)
+        os.close(report_fd)
         os.close(there)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         work(program, limits, done)
@@ -218,7 +217,7 @@ def main() -> None:
     except BlockingIOError:
         finished = False
     report |= {"reason": reason, "finished": finished and not reason, "code": os.waitstatus_to_exitcode(status)}
-    os.write(REPORT_FD, json.dumps(report).encode())
+    os.write(report_fd, json.dumps(report).encode())
     os._exit(0)
 
 

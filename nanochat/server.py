@@ -285,7 +285,8 @@ async def warm_up(app: FastAPI, service: Service) -> None:
     """One request from within, so that what is loaded or built on the first one is there for the first person."""
     key = {"Authorization": f"Bearer {service.settings.api_key}"}
     request = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://warm-up", headers=key) as client:
+    transport = httpx.ASGITransport(app, client=("warm-up", 0))
+    async with httpx.AsyncClient(transport=transport, base_url="http://warm-up", headers=key) as client:
         await client.post("/chat/completions", json=request)
     service.counts.clear()
     service.first_token_s.clear()

@@ -12,17 +12,22 @@ from nanochat.gpt import GPTConfig, build_model
 from nanochat.sampling import sample_tokens
 
 
-@pytest.fixture(scope="module")
-def engine(tokenizer):
-    torch.manual_seed(0)
-    config = GPTConfig(sequence_len=128, vocab_size=tokenizer.get_vocab_size(), n_layer=3, n_head=2, n_kv_head=1,
-                       n_embd=32, window_pattern="SL")
+def random_model(tokenizer, seed: int, context: int, layers: int, channels: int):
+    """A model whose every layer counts, not yet cast for inference."""
+    torch.manual_seed(seed)
+    config = GPTConfig(sequence_len=context, vocab_size=tokenizer.get_vocab_size(), n_layer=layers, n_head=2, n_kv_head=1,
+                       n_embd=channels, window_pattern="SL")
     model = build_model(config, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "c_proj" in name or "lm_head" in name:
                 p.normal_(std=0.3)
-    return Engine(model.for_inference(), tokenizer)
+    return model
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer):
+    return Engine(random_model(tokenizer, 0, 128, 3, 32).for_inference(), tokenizer)
 
 
 class Script:
@@ -126,14 +131,8 @@ def test_every_row_has_its_own_settings():
 
 def chatty(tokenizer):
     """A model that often calls the calculator, with numbers."""
-    torch.manual_seed(1)
-    config = GPTConfig(sequence_len=256, vocab_size=tokenizer.get_vocab_size(), n_layer=4, n_head=2, n_kv_head=1,
-                       n_embd=64, window_pattern="SL")
-    model = build_model(config, torch.device("cpu"), torch.float32)
+    model = random_model(tokenizer, 1, 256, 4, 64)
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "c_proj" in name or "lm_head" in name:
-                p.normal_(std=0.3)
         wte, head, digit = model.transformer.wte.weight, model.lm_head.weight, tokenizer.encode("7")[0]
         begin, end = tokenizer.encode_special("<|python_start|>"), tokenizer.encode_special("<|python_end|>")
         for before, after in [(begin, digit), (digit, end)] + [(token, begin) for token in range(0, 500, 10)]:

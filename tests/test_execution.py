@@ -82,7 +82,8 @@ HOSTILE = {
     "output without end": "while True: print('x' * 10**6)",
     "errors without end": "import sys\nwhile True: sys.stderr.write('x' * 10**6)",
     "a single huge line": "print('x' * 10**8)",
-    "forged report": "import os\nos.write(3, b'{\"finished\": true, \"reason\": \"\", \"code\": 0, \"isolation\": \"\"}')",
+    "forged report": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{\"finished\": true, \"reason\": \"\", \"code\": 0, \"isolation\": \"\"}')\n    except OSError: pass\nos._exit(0)",
+    "reads its supervisor's command line": "import re, os\nsecret = re.search('\"secret\": \"(.*?)\"', open('/proc/1/cmdline').read())[1]\nfor fd in range(3, 64):\n    try: os.write(fd, secret.encode())\n    except OSError: pass\nos._exit(0)",
     "bytes that are no text": "!any\nimport sys\nsys.stdout.buffer.write(bytes(range(256)))",
     # time
     "busy for ever": "while True: pass",

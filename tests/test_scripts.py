@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanochat import common
+from nanochat.chat_eval import evaluate_task
 from nanochat.common import UserError
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, infer_bench, tok_eval, tok_train
@@ -64,13 +65,17 @@ def test_the_mixture_is_printed_with_its_rows(trained, capsys):
 
 
 def test_an_interrupted_chat_eval_goes_on(trained, capsys, monkeypatch):
-    flags, real = ["-a", "SpellingBee,SimpleSpelling", "-x", "8", "-m", "8"], chat_eval.evaluate_task
-    monkeypatch.setattr(chat_eval, "evaluate_task", lambda *args, **kwargs: real(*args, **kwargs) if len(
-        args[2]) == 256 and not hasattr(chat_eval, "once") and not setattr(chat_eval, "once", True) else exit("interrupted"))
-    with pytest.raises(SystemExit):
+    flags, seen = ["-a", "SpellingBee,SimpleSpelling", "-x", "8", "-m", "8"], []
+
+    def interrupted(model, tokenizer, task, runtime, **options):
+        seen.append(task)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return evaluate_task(model, tokenizer, task, runtime, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(chat_eval, "evaluate_task", interrupted)
         chat_eval.main(flags)
-    monkeypatch.setattr(chat_eval, "evaluate_task", real)
-    del chat_eval.once
     capsys.readouterr()
     assert len(chat_eval.main(flags)) == 2
     out = capsys.readouterr().out
