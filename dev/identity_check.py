@@ -5,7 +5,7 @@ python -m dev.identity_check
 
 import re
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import SOURCES, load_model
 from nanochat.common import Parser, add_model_flags, add_runtime_flags, compute_init, print0, run_script
 from nanochat.engine import Engine
 from nanochat.synthetic import read_knowledge
@@ -36,6 +36,7 @@ PROBES = (  # question, what a right answer contains
 
 def main(argv=None) -> dict:
     parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("-i", "--source", choices=SOURCES, default="sft", help="which stage's model")
     add_model_flags(parser)
     add_runtime_flags(parser)
     args = parser.parse_args(argv)
@@ -44,7 +45,7 @@ def main(argv=None) -> dict:
     assert not seen, f"these are training questions: {seen}"
 
     runtime = compute_init(args.device_type)
-    model, tokenizer, _ = load_model("sft", runtime.device, "eval", args.model_tag, args.step, runtime.dtype)
+    model, tokenizer, _ = load_model(args.source, runtime.device, "eval", args.model_tag, args.step, runtime.dtype)
     prompts = [tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
                for question, _ in PROBES]
     completions = Engine(model, tokenizer).generate_many(prompts, max_tokens=64, temperature=0)

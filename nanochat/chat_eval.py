@@ -37,14 +37,15 @@ def chatcore_metric(accuracies: dict[str, Accuracy], names) -> float | None:
     return sum(accuracies[name].centered for name in names) / len(names) if set(names) <= set(accuracies) else None
 
 
-def _prompts(task, indices, tokenizer, limit: int) -> list[list[int]]:
+def render_prompts(task, indices, tokenizer, limit: int) -> list[list[int]]:
+    """The questions of some problems, of which those longer than `limit` tokens keep their end."""
     return [tokenizer.render_for_completion(task[i], max_tokens=limit) for i in indices]
 
 
 @torch.inference_mode()
 def _categorical_verdicts(model, tokenizer, task, indices, batch_size: int) -> list[bool]:
     """Compares the logits of the letters at the answer position; prompts of similar length share a batch."""
-    prompts = _prompts(task, indices, tokenizer, model.config.sequence_len)
+    prompts = render_prompts(task, indices, tokenizer, model.config.sequence_len)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     verdicts = [False] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -68,7 +69,7 @@ def _generative_verdicts(engine: Engine, task, indices, *, num_samples, max_new_
     """Many problems at once; a problem is passed if one of its samples is right."""
     tokenizer = engine.tokenizer
     room = min(max_new_tokens, engine.context // 2)  # left for the answer; longer prompts keep their end
-    prompts = _prompts(task, indices, tokenizer, engine.context - room)
+    prompts = render_prompts(task, indices, tokenizer, engine.context - room)
     completions = engine.generate_many([p for p in prompts for _ in range(num_samples)], max_tokens=max_new_tokens,
                                        temperature=temperature, top_k=top_k, seed=seed, batch_size=batch_size)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]

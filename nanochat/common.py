@@ -156,7 +156,7 @@ def add_runtime_flags(parser: Parser) -> None:
 def add_model_flags(parser: Parser) -> None:
     """Flags that say which trained model to load."""
     parser.add_argument("-g", "--model-tag", default=None, help="which run; the most recent one when left out")
-    parser.add_argument("-s", "--step", type=integer(0), default=None, help="which step; the last when left out")
+    parser.add_argument("-s", "--step", "--model-step", type=integer(0), default=None, help="which step; the last when left out")
 
 
 def run_script(main) -> None:
@@ -268,6 +268,11 @@ class Runtime:
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """x in fp32, or in its own dtype if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def print0(*args, **kwargs) -> None:

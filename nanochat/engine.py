@@ -41,7 +41,8 @@ class Request:
 
 @dataclass
 class Completion:
-    """A generated continuation: tokens, mask (0 for tokens that the tool forced), and why it ended.
+    """A generated continuation: tokens, mask (0 for tokens that the tool forced), the `closing` token that ended it (no part
+    of it; None where none did), and why it ended.
 
     finish_reason: "stop" (end of the answer, or a stop string), "length" (max_tokens), "context" (the context is full),
     "cancelled". pieces: the text by parts, where text or stop strings were asked for.
@@ -50,6 +51,7 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    closing: int | None = None
     pieces: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -83,6 +85,7 @@ class Sequence:
         mask = 0 if self.forced else 1
         token = self.forced.popleft() if self.forced else sampled
         if token in self.engine.stop_tokens:
+            self.completion.closing = token
             self.finish("stop")
             return token, mask
         self.tokens.append(token)
@@ -215,6 +218,12 @@ class Engine:
         self.held[slot] = self.occupants[slot].tokens[:self.cache.lengths[slot]]
         self.occupants[slot], self.since[slot] = None, self.steps
 
+    def forget(self) -> None:
+        """The weights have changed: what free slots hold of earlier prompts is of no use any more."""
+        assert not self.busy
+        if self.cache is not None:
+            self.held = [[] for _ in self.held]
+
     # --- steps ---
 
     def submit(self, request: Request) -> Sequence:
@@ -341,8 +350,12 @@ class Engine:
                       top_k: int | None = None, seed: int = 42, batch_size: int = 32, top_p: float = 1.0,
                       stop: tuple[str, ...] = ()) -> list[Completion]:
         """Continue many different prompts, `batch_size` at a time."""
-        sequences = self._submit_all([Request(prompt, max_tokens, temperature, top_k, top_p, f"{seed}-{i}", stop)
-                                      for i, prompt in enumerate(prompts)], batch_size)
+        return self.complete([Request(prompt, max_tokens, temperature, top_k, top_p, f"{seed}-{i}", stop)
+                              for i, prompt in enumerate(prompts)], batch_size)
+
+    def complete(self, requests: list[Request], batch_size: int = 32) -> list[Completion]:
+        """Answer requests of all kinds, `batch_size` at a time."""
+        sequences = self._submit_all(requests, batch_size)
         while not all(sequence.done for sequence in sequences):
             self.step()
         return [sequence.completion for sequence in sequences]

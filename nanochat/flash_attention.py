@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import gpu_kernels
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, at_least_fp32, print0
 
 
 # --- sdpa: PyTorch's scaled dot product attention, on every device ------------------------------------------------
@@ -103,7 +103,7 @@ def _blocks(T: int, window: int) -> list[tuple[int, int, int]]:
 
 def _block_scores(q, k, first_query, first_key, window):
     """Masked scores (N, queries, keys) in fp32 of a block; positions as floats, which vectorize better than ints."""
-    scores = torch.bmm(q, k.transpose(1, 2)).float()
+    scores = at_least_fp32(torch.bmm(q, k.transpose(1, 2)))
     row = torch.arange(first_query, first_query + q.size(1), dtype=torch.float32, device=q.device)[:, None]
     column = torch.arange(first_key, first_key + k.size(1), dtype=torch.float32, device=q.device)
     visible = column <= row
@@ -131,12 +131,12 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, normalizer = ctx.saved_tensors
-        inner = (grad.float() * out.float()).sum(dim=-1, keepdim=True)
+        inner = (at_least_fp32(grad) * at_least_fp32(out)).sum(dim=-1, keepdim=True)
         grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
         for a, b, first in _blocks(q.size(1), ctx.window):
             scores = _block_scores(q[:, a:b], k[:, first:b], a, first, ctx.window)
             probability = torch.exp(scores - normalizer[:, a:b])
-            grad_probability = torch.bmm(grad[:, a:b], v[:, first:b].transpose(1, 2)).float()
+            grad_probability = at_least_fp32(torch.bmm(grad[:, a:b], v[:, first:b].transpose(1, 2)))
             grad_scores = (probability * (grad_probability - inner[:, a:b])).to(q.dtype)
             grad_q.append(torch.bmm(grad_scores, k[:, first:b]))
             grad_k[:, first:b] += torch.bmm(grad_scores.transpose(1, 2), q[:, a:b])

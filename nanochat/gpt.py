@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from nanochat import cpu_kernels
 from nanochat import loss as loss_functions
-from nanochat.common import UserError
+from nanochat.common import UserError, at_least_fp32
 from nanochat.flash_attention import choose_backend, flash_attn
 
 ROTARY_BASE = 100000
@@ -105,7 +105,7 @@ class Linear(nn.Linear):
 
 
 class _TableLookup(torch.autograd.Function):
-    """Rows of a table; the gradient is summed in fp32 whatever the table is stored in."""
+    """Rows of a table; the gradient is summed in fp32 (or more) whatever the table is stored in."""
 
     @staticmethod
     def forward(ctx, weight, idx):
@@ -117,8 +117,8 @@ class _TableLookup(torch.autograd.Function):
     def backward(ctx, grad):
         (idx,) = ctx.saved_tensors
         rows, place = idx.flatten().unique(return_inverse=True)
-        total = torch.zeros(len(rows), ctx.shape[1], dtype=torch.float32, device=grad.device)
-        total.index_add_(0, place, grad.reshape(-1, ctx.shape[1]).float())
+        grad = at_least_fp32(grad.reshape(-1, ctx.shape[1]))
+        total = torch.zeros(len(rows), ctx.shape[1], dtype=grad.dtype, device=grad.device).index_add_(0, place, grad)
         table = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
         table[rows] = total.to(ctx.dtype)
         return table, None
@@ -315,6 +315,14 @@ class GPT(nn.Module):
                                 self.lm_head.weight_as(features.dtype))
         return loss_functions.softcap_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), loss_reduction,
                                                     gradient_fn=self._loss_gradient)
+
+    def log_probabilities(self, idx, targets, temperature: float = 1.0, top_k: int | None = None) -> torch.Tensor:
+        """Log-probabilities (N,) of the targets (B, T) that are not -1, in their order, under what sampling draws from;
+        with gradients."""
+        learnt = targets.flatten() >= 0
+        features = self._train_features(idx).flatten(0, 1)[learnt]
+        return loss_functions.log_probabilities(features, self._unpadded(self.lm_head.weight), targets.flatten()[learnt],
+                                                temperature, top_k)
 
     def next_logits(self, idx, kv_cache=None):
         """Logits (B, V) in fp32 after the last position of idx (B, T)."""

@@ -7,12 +7,14 @@ need no maximum subtracted. Targets of -1 are ignored.
 import torch
 import torch.nn.functional as F
 
+from nanochat.common import at_least_fp32
+
 SOFTCAP = 15.0
 
 
 def softcap(logits: torch.Tensor) -> torch.Tensor:
-    """15 * tanh(logits / 15) in fp32."""
-    return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
+    """15 * tanh(logits / 15), in fp32 at least."""
+    return SOFTCAP * torch.tanh(at_least_fp32(logits) / SOFTCAP)
 
 
 def _tanh(x: torch.Tensor) -> torch.Tensor:
@@ -98,3 +100,25 @@ def softcap_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: t
     else:
         total = _SummedLoss.apply(hidden, weight, targets, chunk_tokens, gradient_fn)
     return total / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else total
+
+
+def _log_probabilities(hidden, weight, tokens, temperature, top_k):
+    logits = softcap(F.linear(hidden, weight.to(hidden.dtype))) / temperature
+    chosen = logits.gather(1, tokens[:, None])  # (n, 1)
+    if top_k is not None and top_k < logits.size(1):
+        logits, candidates = logits.topk(top_k, dim=1)  # (n, k)
+        # a token that was among the likeliest when it was sampled may, by rounding, not be any more
+        beyond = (candidates != tokens[:, None]).all(dim=1, keepdim=True)
+        logits = torch.cat((logits, chosen.masked_fill(~beyond, -torch.inf)), dim=1)
+    return (chosen - logits.logsumexp(dim=1, keepdim=True))[:, 0]
+
+
+def log_probabilities(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0,
+                      top_k: int | None = None, chunk_tokens: int = 1024) -> torch.Tensor:
+    """Log-probabilities (N,) of tokens (N,) after hidden (N, C), under what sampling with these settings draws from.
+
+    Chunk by chunk; backward computes the logits once more instead of keeping them.
+    """
+    chunks = [torch.utils.checkpoint.checkpoint(_log_probabilities, h, weight, t, temperature, top_k, use_reentrant=False)
+              for h, t in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens))]
+    return torch.cat(chunks)

@@ -52,12 +52,12 @@ class Progress:
 
     def begin_step(self) -> None:
         self.runtime.synchronize()
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
 
     def end_step(self, step: int, loss: float, lr_multiplier: float, tokens: int, extra: str = "", **metrics) -> None:
         """One step is done; `tokens` it has trained on, all ranks together."""
         self.runtime.synchronize()
-        seconds = time.perf_counter() - self._started
+        seconds = time.perf_counter() - self.started
         self.trained_s += seconds
         skipped = not math.isfinite(loss)
         self.losses.append(loss)

@@ -16,7 +16,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def is_test_word(word: str) -> bool:
-    """True for the tenth of all words that only the spelling tests use."""
+    """True for the tenth of all words, and of all calculations, that only the tests use."""
     return zlib.crc32(word.encode()) % 10 == 0
 
 
@@ -182,16 +182,18 @@ SUMS = (("What is {e}?", "{e} is {r}."), ("Calculate {e}.", "The result is {r}."
 WORDED = {"+": "plus", "-": "minus", "*": "times", "//": "divided by"}
 
 
-def _whole_number(rng: random.Random) -> int:
-    return rng.randrange(2, rng.choice((10, 30, 100, 1000)))
+SMALL, LARGE = (10, 30, 100, 1000), (100, 1000, 10_000, 100_000)  # limits of numbers
 
 
-def sums(rng: random.Random) -> dict:
-    """A sum, difference, product or exact quotient, solved with the calculator."""
-    a, b, operator = _whole_number(rng), _whole_number(rng), rng.choice(("+", "-", "*", "//"))
-    if operator == "//":
-        a *= b
-    expression = f"{a}{operator}{b}"
+def sums(rng: random.Random, test: bool = False, limits: tuple[int, ...] = SMALL) -> dict:
+    """A sum, difference, product or exact quotient of numbers below one of the limits, solved with the calculator."""
+    expression = None
+    while expression is None or is_test_word(expression) != test:
+        a, b = (rng.randrange(2, rng.choice(limits)) for _ in range(2))
+        operator = rng.choice(("+", "-", "*", "//"))
+        if operator == "//":
+            a *= b
+        expression = f"{a}{operator}{b}"
     blank = rng.choice(("", " "))
     shown = f"{a} {WORDED[operator]} {b}" if rng.random() < 0.3 else f"{a}{blank}{operator[:1]}{blank}{b}"
     question, answer = rng.choice(SUMS)
@@ -199,13 +201,16 @@ def sums(rng: random.Random) -> dict:
     return conversation(vary(rng, question.format(e=shown)), with_tool("Let me calculate. ", expression, after))
 
 
-def word_problem(rng: random.Random) -> dict:
+def word_problem(rng: random.Random, test: bool = False) -> dict:
     """A small story with one calculation."""
-    story, formula = rng.choice(STORIES)
-    a, b = rng.randrange(2, 60), rng.randrange(2, 20)
-    values = {"n": rng.choice(NAMES), "t": rng.choice(THINGS), "a": a, "b": b, "c": a + rng.randrange(1, 90),
-              "d": a * b, "e": rng.randrange(1, a + b)}
-    answer = with_tool("Let me calculate. ", formula.format(**values), " The answer is {result}.\n\n#### {result}")
+    expression = None
+    while expression is None or is_test_word(expression) != test:
+        story, formula = rng.choice(STORIES)
+        a, b = rng.randrange(2, 60), rng.randrange(2, 20)
+        values = {"n": rng.choice(NAMES), "t": rng.choice(THINGS), "a": a, "b": b, "c": a + rng.randrange(1, 90),
+                  "d": a * b, "e": rng.randrange(1, a + b)}
+        expression = formula.format(**values)
+    answer = with_tool("Let me calculate. ", expression, " The answer is {result}.\n\n#### {result}")
     return conversation(story.format(**values), answer)
 
 

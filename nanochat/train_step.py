@@ -52,12 +52,12 @@ class LoopState:
             raise UserError(f"loss or gradient not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, the last of them step "
                             f"{self.step}; {good}. Lower the learning rates, or look at the data")
 
-    def farewell(self, finished: bool, directory: Path, runtime: Runtime, signal_name: str | None) -> None:
-        """Say how the run ended."""
+    def farewell(self, finished: bool, directory: Path, runtime: Runtime, signal_name: str | None, result: str) -> None:
+        """Say how the run ended, with what `result`."""
         if self.skipped:
             print0(f"{self.skipped} steps were skipped: their loss or gradient was not finite")
         if finished:
-            print0(f"done: {self.step:,} steps in {clock(self.trained_s)} of training, val_bpb {self.val_bpb:.4f}, peak memory "
+            print0(f"done: {self.step:,} steps in {clock(self.trained_s)} of training, {result}, peak memory "
                    f"{runtime.peak_memory_bytes() / 2**30:.2f} GiB, in {directory}")
         else:
             print0(f"stopped by {signal_name or 'another rank'} after step {self.step}: saved in {directory}; the same command "
@@ -199,6 +199,12 @@ def train_step(model, optimizer, batches: list, runtime, scaler=None, may_run_ou
     if may_run_out and runtime.any(ran_out):
         optimizer.zero_grad(set_to_none=True)
         raise OutOfMemory
+    return apply_gradients(model, optimizer, total, runtime, scaler)
+
+
+def apply_gradients(model, optimizer, total: torch.Tensor, runtime, scaler=None) -> float:
+    """The optimizer step, with this rank's share of the loss -> the loss of all ranks; nan, and nothing has changed, if it
+    or a gradient is not finite on any of them."""
     if scaler is None:  # under a scaler infinite gradients are part of the game
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         total += 0 * norm  # not a number unless every gradient is finite

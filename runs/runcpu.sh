@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a chat model on a laptop, with or without a network: about 15 minutes on 2 cores, 8 GB of memory.
+# From nothing to a chat model on a laptop, with or without a network: under 20 minutes on 2 cores, 8 GB of memory.
 #
 #   bash runs/runcpu.sh
 #
@@ -7,7 +7,8 @@
 #   NANOCHAT_BASE_DIR   where everything is written (~/.cache/nanochat)
 #   NANOCHAT_DATA_DIR   your own folder of parquet, jsonl or txt files to pretrain on, with a validation split (val.*)
 #   CONVERSATIONS       your own jsonl file of conversations, added to the finetuning mixture
-#   BASE_STEPS, SFT_STEPS   lengths of the two trainings; with other lengths, give the run another name:
+#   BASE_STEPS, SFT_STEPS, RL_STEPS   lengths of the trainings (RL_STEPS=0: no reinforcement learning); with other lengths,
+#                       give the run another name:
 #   TAG                 name of the run (cpu)
 #   WANDB_RUN           name of a wandb run
 set -euo pipefail
@@ -17,8 +18,9 @@ export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 TAG="${TAG:-cpu}"
 BASE_STEPS="${BASE_STEPS:-400}"
 SFT_STEPS="${SFT_STEPS:-350}"
+RL_STEPS="${RL_STEPS:-100}"
 WANDB_RUN="${WANDB_RUN:-dummy}"
-AGAIN="bash runs/runcpu.sh"
+AGAIN="bash runs/runcpu.sh" REPORT=yes
 # shellcheck disable=SC1091
 source runs/stages.sh
 
@@ -40,14 +42,28 @@ once "conversations about itself" dev/self_knowledge.md python -m dev.gen_synthe
 training "finetuning" python -m scripts.chat_sft --resume --model-tag "$TAG" --run "$WANDB_RUN" --num-iterations "$SFT_STEPS" \
     --builtin --identity-epochs 2 --spelling-rows 10000 --eval-every 100 --eval-rows 400 --save-every 50 --keep-last 1 \
     ${CONVERSATIONS:+--conversations "$CONVERSATIONS"}
-once "chat evaluation" "$(newest chatsft_checkpoints)" python -m scripts.chat_eval -i sft --model-tag "$TAG" -a SpellingBee,SimpleSpelling -m 128
+once "chat evaluation" "$(newest chatsft_checkpoints)" python -m scripts.chat_eval -i sft --model-tag "$TAG" \
+    -a SpellingBee,SimpleSpelling,Arithmetic -m 128
+SOURCE=sft
+if [ "$RL_STEPS" -gt 0 ]; then
+    SOURCE=rl
+    training "reinforcement learning" python -m scripts.chat_rl --resume --model-tag "$TAG" --run "$WANDB_RUN" \
+        --num-iterations "$RL_STEPS" --task Arithmetic --max-new-tokens 64 --eval-every 20 --eval-examples 128 --eval-samples 8 \
+        --save-every 20 --keep-last 1
+    once "chat evaluation after RL" "$(newest chatrl_checkpoints)" python -m scripts.chat_eval -i rl --model-tag "$TAG" \
+        -a SpellingBee,SimpleSpelling,Arithmetic -m 128
+fi
 
-printf '\n=== three questions\n'
-for question in "Who are you?" "How many t are in butterfly?" "Why is the sky blue?"; do
-    printf '\nYou: %s\n' "$question"
-    python -m scripts.chat_cli --model-tag "$TAG" -t 0 -p "$question"
-done
+ask() {
+    for question in "Who are you?" "How many t are in butterfly?" "Why is the sky blue?"; do
+        printf '\nYou: %s\n' "$question"
+        python -m scripts.chat_cli -i "$SOURCE" --model-tag "$TAG" -t 0 -p "$question"
+    done
+}
+
+stage "three questions" ask
+stage "report" python -m nanochat.report generate --model-tag "$TAG"
 
 table
-printf 'To go on talking:\n\n    source .venv/bin/activate && NANOCHAT_BASE_DIR=%s python -m scripts.chat_cli --model-tag %s\n\n' \
-    "$NANOCHAT_BASE_DIR" "$TAG"
+printf 'To go on talking:\n\n    source .venv/bin/activate && NANOCHAT_BASE_DIR=%s python -m scripts.chat_cli -i %s --model-tag %s\n\n' \
+    "$NANOCHAT_BASE_DIR" "$SOURCE" "$TAG"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a blank 8xH100 node to a chat model of GPT-2's grade: set-up, tokenizer, pretraining, finetuning, evaluation.
+# From a blank 8xH100 node to a chat model of GPT-2's grade: set-up, tokenizer, pretraining, finetuning, evaluation, report.
 #
 #   bash runs/speedrun.sh --rehearse     first: every stage of this script at toy size, in minutes, in a folder of its own
 #   bash runs/speedrun.sh                then: the real thing; better inside tmux, or: nohup bash runs/speedrun.sh &
@@ -14,12 +14,13 @@
 #   NUM_SHARDS          training shards of ClimbMix (170)
 #   SAVE_EVERY          steps between checkpoints (250)
 #   WANDB_RUN TAG       name of the wandb run (none), of the run's folders (d$DEPTH)
+#   RL                  1: reinforcement learning on GSM8K after finetuning (0; the rehearsal always has it, on arithmetic)
 #   PRICE               of the node, dollars an hour: the report then says what it cost
 #   SKIP_PREFLIGHT      1: do not stop at what preflight finds
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-AGAIN="bash runs/speedrun.sh${*:+ $*}"
+AGAIN="bash runs/speedrun.sh${*:+ $*}" REPORT=yes
 REHEARSE=""
 case "${1:-}" in
     --rehearse) REHEARSE=1 ;;
@@ -34,6 +35,7 @@ FP8="${FP8:-$([ "$gpus" -gt 0 ] && echo 1 || echo 0)}"
 WANDB_RUN="${WANDB_RUN:-dummy}"
 PRICE="${PRICE:-0}"
 RATIO="${RATIO:-8}"
+RL="${RL:-0}"
 SAVE_EVERY="${SAVE_EVERY:-250}"
 
 if [ -n "$REHEARSE" ]; then  # the same stages and processes, toy sizes
@@ -45,6 +47,8 @@ if [ -n "$REHEARSE" ]; then  # the same stages and processes, toy sizes
     base_eval=(--split-tokens=16384 --device-batch-size=4 --max-new-tokens=8 --max-per-task=16)
     sft=(--num-iterations=12 --save-every=6 --eval-every=-1 --eval-rows=64 --spelling-rows=500)
     chat_eval=(-x 16 -m 32)
+    RL=1 rl=(--task=Arithmetic --num-iterations=4 --examples-per-step=4 --num-samples=4 --max-new-tokens=32 --eval-every=-1
+             --eval-examples=8 --eval-samples=2 --save-every=2)
     identities=200
 else
     DEPTH="${DEPTH:-24}" TAG="${TAG:-d${DEPTH:-24}}" NUM_SHARDS="${NUM_SHARDS:-170}" FIRST_SHARDS=8
@@ -53,7 +57,7 @@ else
     tokenizer=(--vocab-size=32768)
     base_eval=()
     sft=(--save-every=200)
-    chat_eval=()
+    chat_eval=() rl=(--save-every=60)
     identities=1000
 fi
 mkdir -p "$NANOCHAT_BASE_DIR"
@@ -103,18 +107,23 @@ once "base evaluation" "$(newest base_checkpoints)" "${launch[@]}" scripts.base_
 once "conversations about itself" dev/self_knowledge.md python -m dev.gen_synthetic_data --count "$identities"
 training "finetuning" "${launch[@]}" scripts.chat_sft -- --model-tag="$TAG" --run="$WANDB_RUN" --resume --keep-last=2 "${sft[@]}"
 once "chat evaluation" "$(newest chatsft_checkpoints)" "${launch[@]}" scripts.chat_eval -- -i sft --model-tag="$TAG" "${chat_eval[@]}"
-stage "a question" python -m scripts.chat_cli --model-tag "$TAG" -t 0 -m 64 -p "Why is the sky blue?"
+SOURCE=sft
+if [ "$RL" = 1 ]; then
+    SOURCE=rl
+    training "reinforcement learning" "${launch[@]}" scripts.chat_rl -- --model-tag="$TAG" --run="$WANDB_RUN" --resume --keep-last=2 "${rl[@]}"
+    once "chat evaluation after RL" "$(newest chatrl_checkpoints)" "${launch[@]}" scripts.chat_eval -- -i rl --model-tag="$TAG" "${chat_eval[@]}"
+fi
+stage "a question" python -m scripts.chat_cli -i "$SOURCE" --model-tag "$TAG" -t 0 -m 64 -p "Why is the sky blue?"
+stage "report" python -m nanochat.report generate --model-tag "$TAG" --price "$PRICE"
 
 table
 total="$(awk '{ total += $3 } END { print total }' "$logs/times.txt")"
 printf 'All stages, interrupted ones and earlier starts included: %d min' $((total / 60))
 awk -v s="$total" -v p="$PRICE" 'BEGIN { if (p > 0) printf ", about $%.2f at $%s an hour", s / 3600 * p, p; print "" }'
-grep -hE '^(done:|train bpb|val bpb|[A-Z][A-Za-z0-9-]+ .*%|ChatCORE)' "$(log_of pretraining)" "$(log_of 'base evaluation')" \
-    "$(log_of finetuning)" "$(log_of 'chat evaluation')" || true
 if [ -n "$REHEARSE" ]; then
     printf '\nThe rehearsal is over: every stage ran. Remarks in the table want a look; the numbers mean nothing at this size.\n'
     printf 'The real run: %s\n\n' "${AGAIN% --rehearse}"
 else
-    printf '\nTo chat:\n\n    source .venv/bin/activate && NANOCHAT_BASE_DIR=%s python -m scripts.chat_cli --model-tag %s\n\n' \
-        "$NANOCHAT_BASE_DIR" "$TAG"
+    printf '\nTo chat:\n\n    source .venv/bin/activate && NANOCHAT_BASE_DIR=%s python -m scripts.chat_cli -i %s --model-tag %s\n\n' \
+        "$NANOCHAT_BASE_DIR" "$SOURCE" "$TAG"
 fi

@@ -45,13 +45,17 @@ stage() { # stage NAME COMMAND...
     printf '%s %s %d\n' "$(date -u +%FT%TZ)" "${name// /_}" $((SECONDS - begun)) >> "$logs/times.txt"
 }
 
-training() { # training NAME COMMAND...: a stage that may be stopped in good order before its end: then nothing follows
+training() { # training NAME COMMAND...: a stage that may be stopped in good order before its end: then nothing follows; with
+    # REPORT set, the report is written anew after it
     stage "$@"
     local log
     log="$(log_of "$1")"
     if ! grep -Eq '^done:|is finished already' "$log"; then
         printf '\nstage "%s" was stopped before its end; %s goes on from here\n' "$1" "$AGAIN" >&2
         exit 130
+    fi
+    if [ -n "${REPORT:-}" ]; then  # as far as the run has come
+        python -m nanochat.report generate --model-tag "$TAG" --price "${PRICE:-0}"
     fi
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from nanochat import huggingface
 from nanochat.checkpoint_manager import load_model, locate_model
 from nanochat.common import (Parser, UserError, add_model_flags, add_runtime_flags, compute_cleanup, compute_init, get_base_dir,
-                             integer, print0, run_script)
+                             integer, print0, read_json, run_script)
 from nanochat.core_eval import (GPT2_SIZES, CoreEvaluation, TaskResult, bundle_in_reach, core_metric, gpt2_scores,
                                 load_items)
 from nanochat.dataloader import fixed_rows
@@ -160,6 +160,10 @@ def main(argv=None) -> dict:
         ids, _ = engine.generate_batch([tokenizer.get_bos_token_id()], num_samples=4, max_tokens=64)
         for sample in ids:
             print0(f"  {tokenizer.decode(sample[1:])!r}")
+    if runtime.is_main:
+        file = get_base_dir() / "base_eval" / f"{name}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps((read_json(file) or {}) | results | {"max_per_task": args.max_per_task}, indent=1))
     compute_cleanup()
     return results
 

@@ -5,6 +5,7 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=24 --r
 """
 
 import contextlib
+import math
 from dataclasses import asdict, replace
 
 from nanochat import ranks, schedule
@@ -237,7 +238,7 @@ def main(argv=None) -> dict:
     loader.close()
     writer.close()
     progress.close()
-    state.farewell(last, directory, runtime, stop.name)
+    state.farewell(last, directory, runtime, stop.name, f"val_bpb {state.val_bpb or math.nan:.4f}")
     results = {"step": state.step, "val_bpb": state.val_bpb, "losses": progress.losses, "finished": last,
                "directory": str(directory), "peak_memory_bytes": runtime.peak_memory_bytes()}
     compute_cleanup()

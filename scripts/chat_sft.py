@@ -1,9 +1,11 @@
-"""Finetune a base model on conversations (SFT).
+"""Finetune a base model on conversations (SFT): in one stage, or in two.
 
 python -m scripts.chat_sft
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --run=sft
+python -m scripts.chat_sft --stage=mid && python -m scripts.chat_sft --source=mid
 """
 
+import math
 import os
 from dataclasses import asdict, replace
 
@@ -37,6 +39,10 @@ MUON_MOMENTUM = 0.90  # where pretraining ends
 WARMDOWN_RATIO = 0.5
 CHATCORE_EVERY = 200
 # what stands in for a data set that cannot be had: kind of built-in conversation, rows
+EPOCHS = {  # of each set, by the model that is finetuned: what midtraining has taught need not be taught again
+    "base": {"smoltalk": 1, "mmlu": 3, "gsm8k": 4, "identity": 2, "spelling": 1},
+    "mid": {"smoltalk": 1, "mmlu": 0, "gsm8k": 2, "identity": 2, "spelling": 1}}
+SPELLING_ROWS = {"base": (200_000, 20_000), "mid": (20_000, 2_000)}  # with the hub's sets, on built-in data
 STAND_INS = {"SmolTalk": (("facts", 6000), ("small talk", 1500)), "GSM8K": (("arithmetic", 6000), ("word problems", 4000)),
              "MMLU": ()}
 
@@ -45,15 +51,18 @@ def parse_args(argv):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", default="dummy", help="name of the wandb run; dummy: no wandb")
     add_runtime_flags(parser)
-    add_model_flags(parser)  # of the base model
+    parser.add_argument("--stage", choices=("sft", "mid"), default="sft",
+                        help="mid: an earlier stage of its own, for --source=mid to go on from")
+    parser.add_argument("--source", choices=("base", "mid"), default="base", help="the model to finetune")
+    add_model_flags(parser)  # of that model
     # mixture
-    parser.add_argument("--smoltalk-epochs", type=integer(0), default=1, help="0 leaves the set out")
-    parser.add_argument("--mmlu-epochs", type=integer(0), default=3, help="of the auxiliary training split")
-    parser.add_argument("--gsm8k-epochs", type=integer(0), default=4, help="0 leaves the set out")
-    parser.add_argument("--identity-epochs", type=integer(0), default=2, help="0 leaves the set out")
-    parser.add_argument("--spelling-epochs", type=integer(0), default=1, help="of SimpleSpelling and SpellingBee")
+    for name, what in (("smoltalk", "0 leaves the set out"), ("mmlu", "of the auxiliary training split"), ("gsm8k", "0 leaves the set out"),
+                       ("identity", "0 leaves the set out"), ("spelling", "of SimpleSpelling and SpellingBee")):
+        parser.add_argument(f"--{name}-epochs", type=integer(0), default=None,
+                            help=f"{what} ({EPOCHS['base'][name]}; {EPOCHS['mid'][name]} with --source=mid)")
     parser.add_argument("--spelling-rows", type=integer(1), default=None,
-                        help="rows of SimpleSpelling an epoch; SpellingBee has 2/5 as many (200,000; 20,000 on built-in data)")
+                        help="rows of SimpleSpelling an epoch; SpellingBee has 2/5 as many (200,000; 20,000 on built-in data; a "
+                             "tenth of that with --source=mid)")
     parser.add_argument("--builtin", action="store_true",
                         help="built-in conversations in place of the hub's sets, even where the hub can be reached")
     parser.add_argument("--conversations", default=None, help="a jsonl file of your own conversations, added once an epoch")
@@ -75,7 +84,13 @@ def parse_args(argv):
     parser.add_argument("--chatcore-max-sample", type=integer(1, off=-1), default=24, help="problems of a task with written answers")
     parser.add_argument("--eval-rows", type=integer(1), default=1000, help="conversations of the validation mixture")
     add_training_output_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.stage == args.source:
+        raise UserError("--stage=mid --source=mid: midtraining begins at a base model; leave out one of them")
+    for name, epochs in EPOCHS[args.source].items():
+        if getattr(args, f"{name}_epochs") is None:
+            setattr(args, f"{name}_epochs", epochs)
+    return args
 
 
 def obtain(name: str, make_train, make_val) -> tuple | None:
@@ -106,7 +121,7 @@ def build_mixtures(args) -> tuple[TaskMixture, TaskMixture]:
                + ": built-in conversations stand in for the hub's data sets")
     own = CustomJSON(args.conversations) if args.conversations else None  # first: its mistakes are quick to find
     words = load_words()
-    rows = args.spelling_rows or (200_000 if from_hub else 20_000)
+    rows = args.spelling_rows or SPELLING_ROWS[args.source][0 if from_hub else 1]
     held_out = max(1, args.eval_rows // 8)  # of each set
     train, val, table = [], [], []
 
@@ -153,22 +168,23 @@ def main(argv=None) -> dict:
 
     # --- everything that needs no device ---
     tokenizer = get_tokenizer()
-    base_dir = find_run("base", args.model_tag)
+    base_dir = find_run(args.source, args.model_tag)
     base_step = find_step(base_dir, args.step)
     base_meta = load_meta(base_dir, base_step)
     check_tokenizer(tokenizer, base_meta)
     config = config_from_meta(base_meta["model_config"])
     sequence_len = args.max_seq_len or config.sequence_len
     if sequence_len > config.sequence_len:
-        raise UserError(f"--max-seq-len={sequence_len}: the base model has a context of {config.sequence_len}")
+        raise UserError(f"--max-seq-len={sequence_len}: the {args.source} model has a context of {config.sequence_len}")
     total_batch = args.total_batch_size or base_meta["plan"]["total_batch_size"]
     if total_batch % sequence_len:
         raise UserError(f"--total-batch-size={total_batch} tokens is no multiple of the row length {sequence_len}")
     rows_per_step = total_batch // sequence_len
-    wished = args.device_batch_size if args.device_batch_size not in (None, "auto") else next(n for n in range(min(base_meta["device_batch_size"], rows_per_step), 0, -1)
-                                            if rows_per_step % n == 0)
+    wished = args.device_batch_size
+    if wished in (None, "auto"):
+        wished = next(n for n in range(min(base_meta["device_batch_size"], rows_per_step), 0, -1) if rows_per_step % n == 0)
     device_batch, micro_steps = share_rows(rows_per_step, wished, ranks.place()["world_size"])
-    directory = source_dir("sft") / base_dir.name
+    directory = source_dir(args.stage) / base_dir.name
     base_id = [base_step, base_meta["environment"]["time"]]
     meta = None
     step = find_resume_step(directory, args.resume)
@@ -176,7 +192,7 @@ def main(argv=None) -> dict:
         meta = load_meta(directory, step)
         check_tokenizer(tokenizer, meta)
         if config_from_meta(meta["model_config"]) != config or meta["base"] != base_id:
-            raise UserError(f"--resume: {directory} was finetuned from another base model; leave out --resume (it is kept)")
+            raise UserError(f"--resume: {directory} was finetuned from another {args.source} model; leave out --resume (it is kept)")
         if meta["user_config"]["init_lr_frac"] != args.init_lr_frac:
             raise UserError(f"--resume needs the settings of the checkpoint: init-lr-frac "
                             f"{meta['user_config']['init_lr_frac']} there, {args.init_lr_frac} now")
@@ -203,7 +219,7 @@ def main(argv=None) -> dict:
     print0(f"device: {peak_source} | world size {runtime.world_size} | {runtime.dtype_name} "
            f"({runtime.dtype_reason})")
     print0(f"plan: {num_iterations:,} steps of {rows_per_step} rows x {sequence_len} tokens; {device_batch} rows x "
-           f"{run_plan.grad_accum_steps} micro-steps; from {base_dir.name} step {base_step}")
+           f"{run_plan.grad_accum_steps} micro-steps; from {args.source} model {base_dir.name} step {base_step}")
 
     # --- model, optimizer: the base model's, or those of the checkpoint that is resumed ---
     source_directory, source_meta, source_step = (directory, meta, meta["step"]) if meta else \
@@ -291,7 +307,7 @@ def main(argv=None) -> dict:
     loader.close()
     writer.close()
     progress.close()
-    state.farewell(last, directory, runtime, stop.name)
+    state.farewell(last, directory, runtime, stop.name, f"val_bpb {state.val_bpb or math.nan:.4f}")
     if loader.truncated or loader.dropped:
         print0(f"conversations longer than a row: {loader.truncated} cut, {loader.dropped} of them left out (no answer in "
                "reach)")

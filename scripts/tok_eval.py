@@ -3,10 +3,11 @@
 python -m scripts.tok_eval
 """
 
+import json
 import os
 
 from nanochat import hub
-from nanochat.common import Parser, print0, run_script
+from nanochat.common import Parser, get_base_dir, print0, run_script
 from nanochat.dataset import DocumentReader, find_corpus
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -66,6 +67,7 @@ def main(argv=None) -> dict:
         row = f"{kind:<16}{len(text.encode()):>9,}" + "".join(f"{results[label][kind]:>10.2f}" for label in tokenizers)
         row += "".join(f"{ours[kind] / results[label][kind] - 1:>+10.0%}" for label in list(tokenizers)[1:])
         print0(row)
+    (get_base_dir() / "tokenizer" / "tok_eval.json").write_text(json.dumps(results))
     return results
 
 

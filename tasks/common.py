@@ -33,6 +33,10 @@ class Task:
     def evaluate(self, conversation: dict, response: str) -> bool:
         raise NotImplementedError
 
+    def reward(self, conversation: dict, response: str) -> float:
+        """What reinforcement learning is to make larger: 1 for a right answer, unless a task says otherwise."""
+        return float(self.evaluate(conversation, response))
+
     def _indices(self) -> range:
         return range(self.num_examples())[self._slice]
 

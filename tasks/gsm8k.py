@@ -31,7 +31,15 @@ def answer_parts(answer: str) -> list[dict]:
     return [part for part in parts if part["text"]]
 
 
-class GSM8K(Task):
+class NumberTask(Task):
+    """A task whose answers end in "#### n"; n is compared as a number."""
+
+    def evaluate(self, conversation: dict, response: str) -> bool:
+        expected = final_number(conversation["messages"][-1]["content"][-1]["text"])
+        return expected is not None and final_number(response) == expected
+
+
+class GSM8K(NumberTask):
     def __init__(self, split: str, subset: str = "main", **slicing):
         super().__init__(**slicing)
         self.rows = load_hub_dataset("openai/gsm8k", subset, split)
@@ -43,7 +51,3 @@ class GSM8K(Task):
         row = self.rows[index]
         return {"messages": [{"role": "user", "content": row["question"]},
                              {"role": "assistant", "content": answer_parts(row["answer"])}]}
-
-    def evaluate(self, conversation: dict, response: str) -> bool:
-        expected = final_number(conversation["messages"][-1]["content"][-1]["text"])
-        return expected is not None and final_number(response) == expected

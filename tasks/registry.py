@@ -2,6 +2,7 @@
 
 from nanochat.common import UserError
 from tasks.arc import ARC
+from tasks.builtin import Arithmetic
 from tasks.common import Task
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
@@ -16,6 +17,13 @@ EVAL_TASKS = {
     "HumanEval": lambda: HumanEval(),
     "SpellingBee": lambda: SpellingBee(256, "test"),
     "SimpleSpelling": lambda: SimpleSpelling(256, "test"),
+    "Arithmetic": lambda: Arithmetic(256, "test"),
+}
+RL_TASKS = {  # training problems; the problems of that name above are held out
+    "GSM8K": lambda: GSM8K("train"),
+    "SpellingBee": lambda: SpellingBee(20_000, "train"),
+    "SimpleSpelling": lambda: SimpleSpelling(20_000, "train"),
+    "Arithmetic": lambda: Arithmetic(20_000, "train"),
 }
 NEEDS_HUB = {"ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval"}
 HUB_SPLITS = (  # repository, subset, split: all that trainings and evaluations read

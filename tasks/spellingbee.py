@@ -10,7 +10,7 @@ from nanochat.common import UserError, get_base_dir, print0
 from nanochat.dataset import builtin_words
 from nanochat.synthetic import count_letters, is_test_word, spell_word
 from tasks.common import Task
-from tasks.gsm8k import final_number
+from tasks.gsm8k import NumberTask
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/master/words_alpha.txt"
 
@@ -49,14 +49,10 @@ class _WordTask(Task):
         return self.make(rng, rng.choice(self.words))
 
 
-class SpellingBee(_WordTask):
+class SpellingBee(_WordTask, NumberTask):
     """How often does a letter occur in a word? The answer ends in "#### n"."""
 
     make = staticmethod(count_letters)
-
-    def evaluate(self, conversation: dict, response: str) -> bool:
-        expected = final_number(conversation["messages"][-1]["content"][-1]["text"])
-        return final_number(response) == expected
 
 
 class SimpleSpelling(_WordTask):

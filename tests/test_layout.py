@@ -13,7 +13,7 @@ LEVELS = {
     1: "hub progress results tokenizer kv_cache gpt choice_scoring",
     2: "fp8 scaling dataset train_step api",
     3: "checkpoint_manager dataloader decode_graph engine",
-    4: "loss_eval huggingface core_eval chat_eval replica service server",
+    4: "loss_eval huggingface core_eval chat_eval rollout report replica service server",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 
