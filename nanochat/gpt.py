@@ -96,6 +96,9 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.cast: torch.Tensor | None = None  # the weight in the compute dtype, while `weights_cast_once` lasts
 
+    def reset_parameters(self):
+        """Left to `GPT.init_weights`: PyTorch's own, on the meta device, would import its compiler, which takes seconds."""
+
     def weight_as(self, dtype: torch.dtype) -> torch.Tensor:
         weight = self.weight if self.cast is None else self.cast
         return weight if weight.dtype == dtype else weight.to(dtype)
@@ -125,6 +128,9 @@ class _TableLookup(torch.autograd.Function):
 
 
 class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        """Likewise."""
+
     def forward(self, idx):
         plain = self.weight.is_cuda or not torch.is_grad_enabled()
         return F.embedding(idx, self.weight) if plain else _TableLookup.apply(self.weight, idx)

@@ -16,6 +16,7 @@ PEAKS = (
     ("rtx 4090", 165e12, 1.01e12), ("rtx 3090", 71e12, 936e9), ("mi355x", 2.5e15, 8.0e12), ("mi325x", 1.3e15, 6.0e12),
     ("mi300x", 1.3e15, 5.3e12), ("mi250x", 383e12, 3.2e12),
 )
+MEASURE_S = 0.5
 
 
 def device_name(device: torch.device) -> str:
@@ -40,7 +41,8 @@ def peak_bandwidth(name: str) -> float | None:
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5,
                    best: bool = False) -> float:
-    """FLOP/s that a size x size x size matrix product reaches here: the median of `repeats`, or the best."""
+    """FLOP/s that a size x size x size matrix product reaches here: the median of `repeats`, or the best; of fewer where
+    they take more than half a second."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(repeats + 1):
@@ -49,7 +51,10 @@ def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 2048, r
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / sorted(seconds[1:])[0 if best else repeats // 2]
+        if sum(seconds) > MEASURE_S and len(seconds) > 2:
+            break
+    seconds = sorted(seconds[1:])
+    return 2 * size**3 / seconds[0 if best else len(seconds) // 2]
 
 
 def peak_for(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -28,7 +28,7 @@ TALKS = ("three questions", "a question")  # stages whose output is shown as it 
 IMPORTANT = {  # settings that are shown where they are there
     "base": "depth max_seq_len window_pattern total_batch_size device_batch_size embedding_lr unembedding_lr matrix_lr scalar_lr "
             "weight_decay warmdown_ratio fp8",
-    "mid": "source smoltalk_epochs mmlu_epochs gsm8k_epochs identity_epochs spelling_epochs builtin conversations init_lr_frac",
+    "mid": "source builtin init_lr_frac",
     "rl": "task examples_per_step num_samples max_new_tokens temperature top_k embedding_lr unembedding_lr matrix_lr init_lr_frac",
 }
 IMPORTANT["sft"] = IMPORTANT["mid"]
@@ -38,9 +38,9 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1, h2, h3 { line-height: 1.2; margin: 2rem 0 .6rem } h1 { margin-top: 0 } h2 { border-bottom: 1px solid #d9dee8; padding-bottom: .2rem }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #e4e8f0; text-align: left; vertical-align: top } th { background: #f4f6fa }
-td:not(:first-child), th:not(:first-child) { text-align: right } .text td:not(:first-child), .text th:not(:first-child) { text-align: left }
+thead:not(:has(th:not(:empty))) { display: none }
 img { max-width: 100%; height: auto } code { font-size: .9em } pre { background: #f4f6fa; padding: .8rem; overflow-x: auto;
-white-space: pre-wrap; overflow-wrap: anywhere } .muted { color: #667 }
+white-space: pre-wrap; overflow-wrap: anywhere }
 @media (prefers-color-scheme: dark) { body { color: #dfe4ee; background: #14181f } th, pre { background: #1f2530 }
 th, td, h2 { border-color: #333b49 } img { background: #fff; border-radius: .3rem } }
 """
@@ -115,7 +115,8 @@ def table(header: list[str], rows: list[list]) -> str:
     def line(cells) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
-    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+    numbers = [all(re.match(r"[-+$]?\d|-$", str(row[i])) for row in rows) and any(header) for i in range(len(header))]
+    return "\n".join([line(header), line(["---:" if number else "---" for number in numbers]), *map(line, rows)])
 
 
 def fenced(text: str) -> str:
@@ -193,7 +194,7 @@ def training_section(source: str, tag: str, folder: Path) -> list[str]:
     window = max(1, len(rates) // 50)
     if source == "rl":
         panels = [("reward", "mean of a step", {"reward": curve(metrics, "reward"), f"mean of {max(5, window)} steps": curve(metrics, "reward", max(5, window))}),
-                  ("held-out problems", "share solved", {name: curve(metrics, name) for name in ("pass@1", "pass@8") if curve(metrics, name)}),
+                  ("held-out problems", "share solved", {name: curve(metrics, name) for name in [n for n, _, _ in _first_and_last(metrics)]}),
                   ("tokens of an answer", "mean of a step", {"tokens": curve(metrics, "answer_tokens")})]
     else:
         panels = [("loss", "nats a token", {"training": curve(metrics, "loss", window)}),
@@ -205,7 +206,10 @@ def training_section(source: str, tag: str, folder: Path) -> list[str]:
     if source == "base":
         c = config
         shown.insert(0, ["model", f"depth {c.n_layer}, width {c.n_embd}, {c.n_head} heads, context {c.sequence_len}, vocabulary {c.vocab_size:,}"])
-    return [f"## {STAGES[source]}", table(["", ""], facts), picture or "", "Settings:", table(["setting", "value"], shown)]
+    mixture = [[name, f"{rows:,}", epochs] for name, rows, epochs in meta.get("mixture", [])]
+    return [f"## {STAGES[source]}", table(["", ""], facts), picture or "",
+            *(["Conversations:", table(["set", "rows", "epochs"], mixture)] if mixture else []),
+            "Settings:", table(["setting", "value"], shown)]
 
 
 def _first_and_last(metrics: list[dict]) -> list[tuple[str, float, float]]:

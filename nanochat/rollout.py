@@ -17,7 +17,7 @@ from nanochat.checkpoint_manager import build_from_state
 from nanochat.engine import Engine, Request
 from nanochat.scaling import CPU_PIECE_TOKENS
 
-LENGTH_STEPS = 8  # lengths that batches are padded to, so that no more shapes are compiled
+LENGTH_STEPS = 8  # lengths that batches are padded to
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ def is_informative(group: list[Sample]) -> bool:
     return any(sample.advantage for sample in group)
 
 
-def collate(samples: list[Sample], length_step: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def collate(samples: list[Sample], rows: int, length_step: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs (B, T), targets (B, T; -1 where the model had no choice), and on the host the advantage of each target, in their
-    order; T is padded to a multiple of `length_step`."""
+    order. B is filled up to `rows` and T to a multiple of `length_step`, so that few shapes are compiled."""
     T = -(-(max(len(sample.tokens) for sample in samples) - 1) // length_step) * length_step
-    inputs, targets = torch.zeros(len(samples), T, dtype=torch.int64), torch.full((len(samples), T), -1)
+    inputs, targets = torch.zeros(rows, T, dtype=torch.int64), torch.full((rows, T), -1)
     advantages = []
     for row, sample in enumerate(samples):
         tokens, chosen = torch.tensor(sample.tokens), torch.tensor(sample.chosen[1:], dtype=torch.bool)
@@ -103,13 +103,6 @@ def collate(samples: list[Sample], length_step: int, device) -> tuple[torch.Tens
     return inputs.to(device), targets.to(device), torch.tensor(advantages, dtype=torch.float64)
 
 
-def batches(samples: list[Sample], device_batch_size: int, context: int, device) -> list[list[Sample]]:
-    """The answers that teach something, those of similar length together."""
-    useful = sorted((s for s in samples if s.advantage and any(s.chosen)), key=lambda s: len(s.tokens))
-    rows = min(device_batch_size, max(1, CPU_PIECE_TOKENS // context)) if device.type == "cpu" else device_batch_size
-    return [useful[start:start + rows] for start in range(0, len(useful), rows)]
-
-
 def policy_gradient(model, samples: list[Sample], tokens: float, device_batch_size: int, settings: Settings,
                     scaler=None) -> torch.Tensor:
     """Add the gradient of this rank's share of the loss to the parameters -> that share.
@@ -117,10 +110,11 @@ def policy_gradient(model, samples: list[Sample], tokens: float, device_batch_si
     loss = - sum of advantage x log-probability over the tokens that the model chose / `tokens`, their number in the whole
     step on all ranks. The log-probabilities are those of the distribution that was sampled from.
     """
-    total = torch.zeros((), device=model.device)
-    length_step = -(-model.config.sequence_len // LENGTH_STEPS)
-    for batch in batches(samples, device_batch_size, model.config.sequence_len, model.device):
-        inputs, targets, advantages = collate(batch, length_step, model.device)
+    total, context = torch.zeros((), device=model.device), model.config.sequence_len
+    rows = min(device_batch_size, max(1, CPU_PIECE_TOKENS // context)) if model.device.type == "cpu" else device_batch_size
+    useful = sorted((s for s in samples if s.advantage and any(s.chosen)), key=lambda s: len(s.tokens))  # similar lengths together
+    for start in range(0, len(useful), rows):
+        inputs, targets, advantages = collate(useful[start:start + rows], rows, -(-context // LENGTH_STEPS), model.device)
         log_probabilities = model.log_probabilities(inputs, targets, settings.temperature, settings.top_k)
         loss = -(advantages.to(log_probabilities) * log_probabilities).sum() / tokens
         total += loss.detach()

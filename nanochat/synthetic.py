@@ -182,7 +182,7 @@ SUMS = (("What is {e}?", "{e} is {r}."), ("Calculate {e}.", "The result is {r}."
 WORDED = {"+": "plus", "-": "minus", "*": "times", "//": "divided by"}
 
 
-SMALL, LARGE = (10, 30, 100, 1000), (100, 1000, 10_000, 100_000)  # limits of numbers
+SMALL, LARGE = (10, 30, 100, 1000), (1000, 10_000, 100_000)  # limits of numbers
 
 
 def sums(rng: random.Random, test: bool = False, limits: tuple[int, ...] = SMALL) -> dict:

@@ -27,11 +27,8 @@ case "${1:-}" in
     "") ;;
     *) echo "error: unknown argument $1; bash runs/speedrun.sh [--rehearse]" >&2; exit 2 ;;
 esac
-gpus="$(nvidia-smi --list-gpus 2>/dev/null | grep -c GPU || true)"
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}${REHEARSE:+/rehearsal}"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"  # seconds to finish a step and save
-NPROC_PER_NODE="${NPROC_PER_NODE:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
-FP8="${FP8:-$([ "$gpus" -gt 0 ] && echo 1 || echo 0)}"
 WANDB_RUN="${WANDB_RUN:-dummy}"
 PRICE="${PRICE:-0}"
 RATIO="${RATIO:-8}"
@@ -64,10 +61,8 @@ mkdir -p "$NANOCHAT_BASE_DIR"
 # shellcheck disable=SC1091
 source runs/stages.sh
 
-launch=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m)
-if [ "$gpus" -eq 0 ]; then
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + NPROC_PER_NODE - 1) / NPROC_PER_NODE ))}"
-fi
+launch_on_all_devices 2
+FP8="${FP8:-$([ "$gpus" -gt 0 ] && echo 1 || echo 0)}"
 
 corpus() { # corpus SHARDS: what the rehearsal cannot download, the built-in corpus replaces; a real run stops
     if [ -n "$REHEARSE" ] || [ -n "${NANOCHAT_DATA_DIR:-}" ]; then

@@ -72,6 +72,16 @@ once() { # once NAME NEWER_THAN COMMAND...: a stage that is shown again, not run
     stage "$name" "$@"
 }
 
+launch_on_all_devices() { # launch_on_all_devices [N]: sets `launch`, what stands before a script's name: NPROC_PER_NODE
+    # processes, by default one a GPU, or N without; and `gpus`, their number
+    gpus="$(nvidia-smi --list-gpus 2> /dev/null | grep -c GPU || true)"
+    NPROC_PER_NODE="${NPROC_PER_NODE:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo "${1:-1}")}"
+    launch=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m)
+    if [ "$gpus" -eq 0 ]; then
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + NPROC_PER_NODE - 1) / NPROC_PER_NODE ))}"
+    fi
+}
+
 newest() { ls -t "$NANOCHAT_BASE_DIR/$1/$TAG"/meta_*.json | head -n 1; } # newest KIND: the last checkpoint of this run
 
 table() {

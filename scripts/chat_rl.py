@@ -7,7 +7,7 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl -- --run=rl
 import math
 import random
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from nanochat.checkpoint_manager import (CheckpointWriter, build_from_state, check_tokenizer, config_from_meta,
                                          config_to_meta, environment, find_resume_step, find_run, find_step, load_meta,
@@ -110,7 +110,7 @@ def main(argv=None) -> dict:
     runtime = compute_init(args.device_type, DTYPES[(meta or sft_meta)["dtype"]])
     check_dtype(meta, runtime)
     settings = Settings(args.num_samples, args.max_new_tokens, args.temperature, args.top_k or None, args.sample_batch_size)
-    eval_settings = Settings(args.eval_samples, *list(asdict(settings).values())[1:])
+    eval_settings = replace(settings, num_samples=args.eval_samples)
     print0(f"device: {runtime.device} | world size {runtime.world_size} | {runtime.dtype_name} ({runtime.dtype_reason})")
     print0(f"plan: {num_iterations:,} steps of {args.examples_per_step} questions of {args.task} ({len(task):,}) x "
            f"{args.num_samples} answers; from {sft_dir.name} step {sft_step}")
@@ -126,6 +126,7 @@ def main(argv=None) -> dict:
     for group in optimizer.param_groups:
         share = args.scalar_lr / 0.5 if group["names"][0].startswith(("smear_", "backout_")) else 1.0  # 0.5: of pretraining
         group["initial_lr"] *= share * args.init_lr_frac
+        group["weight_decay"] = args.weight_decay if group["kind"] == "muon" else 0.0
     scaler = make_scaler(runtime)
     if meta:
         states = load_optimizer_states(directory, step, meta, runtime)

@@ -113,8 +113,8 @@ def chatcore_tasks(builtin: bool) -> dict:
     return {name: make_task(name) for name in names}
 
 
-def build_mixtures(args) -> tuple[TaskMixture, TaskMixture]:
-    """Training and validation mixtures; prints what they are made of."""
+def build_mixtures(args) -> tuple[TaskMixture, TaskMixture, list]:
+    """Training and validation mixtures, and what the first is made of: (name, rows, epochs), which is printed, too."""
     from_hub = not args.builtin and hub_data_available()
     if not from_hub:
         print0(("--builtin" if args.builtin else "the hub is out of reach")
@@ -160,7 +160,7 @@ def build_mixtures(args) -> tuple[TaskMixture, TaskMixture]:
     print0(f"mixture: {len(mixture):,} conversations an epoch")
     for name, size, epochs in table:
         print0(f"  {name:<40}{size:>9,} rows x {epochs}")
-    return mixture, TaskMixture(val or [Identity(16, "test")])
+    return mixture, TaskMixture(val or [Identity(16, "test")]), table
 
 
 def main(argv=None) -> dict:
@@ -196,7 +196,7 @@ def main(argv=None) -> dict:
         if meta["user_config"]["init_lr_frac"] != args.init_lr_frac:
             raise UserError(f"--resume needs the settings of the checkpoint: init-lr-frac "
                             f"{meta['user_config']['init_lr_frac']} there, {args.init_lr_frac} now")
-    mixture, val_mixture = build_mixtures(args)
+    mixture, val_mixture, contents = build_mixtures(args)
 
     # --- runtime ---
     runtime = compute_init(args.device_type, DTYPES[(meta or base_meta)["dtype"]])
@@ -247,7 +247,7 @@ def main(argv=None) -> dict:
     record = {"model_config": config_to_meta(config), "user_config": vars(args), "plan": asdict(run_plan),
               "max_seq_len": sequence_len, "dtype": runtime.dtype_name, "world_size": runtime.world_size,
               "effective_lrs": {group["names"][0]: group["initial_lr"] for group in optimizer.param_groups},
-              "tokenizer_hash": tokenizer.content_hash(), "environment": environment(), "base": base_id}
+              "tokenizer_hash": tokenizer.content_hash(), "environment": environment(), "base": base_id, "mixture": contents}
 
     # --- loop ---
     writer = CheckpointWriter(directory, runtime, args.keep_last)

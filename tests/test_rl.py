@@ -132,10 +132,10 @@ def test_closing_token_is_learnt_and_forced_tokens_are_not(tokenizer):
         if sample.tokens[-1] in ends:
             closed += 1
             assert sample.chosen[-1] == 1
-        inputs, targets, advantages = collate([sample], 8, "cpu")
+        inputs, targets, advantages = collate([sample], 3, 8, "cpu")
         learnt = targets[0][targets[0] >= 0].tolist()
         assert learnt == [t for t, c in zip(sample.tokens, sample.chosen) if c] and len(advantages) == len(learnt)
-        assert inputs.shape[1] % 8 == 0 and inputs[0, :len(sample.tokens) - 1].tolist() == sample.tokens[:-1]
+        assert len(inputs) == 3 and inputs.shape[1] % 8 == 0 and inputs[0, :len(sample.tokens) - 1].tolist() == sample.tokens[:-1]
     assert forced > 0 and closed > 0
     again = sampler.sample(task, [7, 3], Settings(4, 60, 1.0, None, 3), 0)
     assert again == [groups[7], groups[3]]  # whatever else is asked, and however many at a time
@@ -209,6 +209,9 @@ def test_script_and_resume(finetuned, monkeypatch):
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "reward" in m] == [0, 1, 2, 3]
     assert [m["step"] for m in metrics if "pass@1" in m] == [0, 2, 4] and find_steps(directory) == [2, 4]
+    meta, sft = (json.loads(next((finetuned / folder).glob(f"*/meta_{step:06d}.json")).read_text())
+                 for folder, step in (("chatrl_checkpoints", 4), ("chatsft_checkpoints", 2)))
+    assert meta["step"] == 4 and meta["model_config"] == sft["model_config"] and meta["tokenizer_hash"] == sft["tokenizer_hash"]
     again = chat_rl.main([*RL, "--resume", "2"])
     assert again["losses"] == whole["losses"][2:]
     for name, tensor in load_tensors(directory / "model_000004.pt").items():
