@@ -19,7 +19,7 @@ export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 if [ "${1:-}" = --miniature ]; then
     shift
     export NANOCHAT_BASE_DIR="$NANOCHAT_BASE_DIR/miniature"
-    BUDGETS="${BUDGETS:-1e12 3e12 9e12}" DEPTHS="${DEPTHS:-2 3 4 6}" NPROC_PER_NODE="${NPROC_PER_NODE:-1}"
+    BUDGETS="${BUDGETS:-1e12 2e12 4e12}" DEPTHS="${DEPTHS:-1 2 3 4}" NPROC_PER_NODE="${NPROC_PER_NODE:-1}"
     # small batches, so that the shortest run has 40 steps; no weight decay, whose rule is for longer ones
     shape=(--aspect-ratio=24 --head-dim=24 --max-seq-len=128 --window-pattern=L --total-batch-size=2048 --device-batch-size=16
            --embedding-lr=0.6 --unembedding-lr=0.03 --matrix-lr=0.08 --weight-decay=0 --warmup-steps=10 --eval-tokens=200000)
