@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a chat model on a laptop, with or without a network: under 20 minutes on 2 cores, 8 GB of memory.
+# From nothing to a chat model on a laptop, with or without a network: about 20 minutes on 2 cores, 8 GB of memory.
 #
 #   bash runs/runcpu.sh
 #
@@ -57,7 +57,7 @@ fi
 ask() {
     for question in "Who are you?" "How many t are in butterfly?" "Why is the sky blue?"; do
         printf '\nYou: %s\n' "$question"
-        python -m scripts.chat_cli -i "$SOURCE" --model-tag "$TAG" -t 0 -p "$question"
+        python -m scripts.chat_cli -i "$SOURCE" --model-tag "$TAG" -t 0 -p "$question" || return
     done
 }
 

@@ -3,7 +3,7 @@
 # dev/scaling_analysis.ipynb turns into isoFLOP curves and power laws.
 #
 #   bash runs/scaling_laws.sh               on a GPU node that has the corpus and the tokenizer
-#   bash runs/scaling_laws.sh --miniature   tiny models on a laptop, in a folder of its own: about half an hour on 2 cores
+#   bash runs/scaling_laws.sh --miniature   tiny models on a laptop, in a folder of its own: about 20 minutes on 2 cores
 #
 # Run it again after any interruption: finished runs are skipped, an interrupted one goes on.
 #   BUDGETS DEPTHS      lists; all pairs are trained
