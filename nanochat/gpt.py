@@ -305,7 +305,9 @@ class GPT(nn.Module):
         if self.device.type == "cuda":
             self._train_features = torch.compile(self.features, dynamic=False)
         else:
-            torch._functorch.config.activation_memory_budget = CPU_ACTIVATION_BUDGET
+            from torch._functorch import config  # imports PyTorch's compiler, which takes seconds
+
+            config.activation_memory_budget = CPU_ACTIVATION_BUDGET
             self._begin, self._finish = (torch.compile(half, dynamic=False) for half in (Block.begin, Block.finish))
         self._loss_gradient = torch.compile(loss_functions.softmax_gradient_, dynamic=False)
 
