@@ -1,6 +1,6 @@
-"""The C kernels of decoding on CPUs (cpu_kernels.c): compiled once, in about a second, and called through ctypes.
+"""C kernels for CPUs (cpu_decoding.c, cpu_training.c): compiled once, in two seconds, and called through ctypes.
 
-B rows, N outputs, K inputs, C channels, H query heads, Hkv key/value heads, D head dim, S cache places.
+B rows, T positions, N outputs, K inputs, C channels, H query heads, Hkv key/value heads, D head dim, V vocabulary.
 """
 
 import ctypes
@@ -16,21 +16,32 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_suffix(".c")
+HERE = Path(__file__).parent
+SOURCES = HERE / "cpu_kernels.h", HERE / "cpu_decoding.c", HERE / "cpu_training.c"
 FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -shared -fPIC".split()
 THREADS = (["-fopenmp"], ["-fopenmp-simd"])  # Apple's clang has no OpenMP: one thread then
 DTYPE_FLAGS = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
 MAX_ROWS = 64  # beyond that PyTorch's matrix products are faster
 
 
-class BlockArguments(ctypes.Structure):
-    """What a layer needs, as in cpu_kernels.c."""
+def _fields(pointers: str, integers: str, floats: str) -> list:
+    return [(name, kind) for kind, names in ((c_void_p, pointers), (c_int64, integers), (c_float, floats))
+            for name in names.split()]
 
-    _fields_ = [(name, kind) for kind, names in (
-        (c_void_p, "x x0 c_q c_k c_v c_proj ve_gate c_fc mlp_c_proj value_embedding cos sin"),
-        (c_void_p, "k_cache v_cache scratch out slots lengths"),
-        (c_int64, "B C F H Hkv D gate_channels window slot_stride head_stride place_stride threads"),
-        (c_float, "resid_lambda x0_lambda qk_scale epsilon")) for name in names.split()]
+
+class BlockArguments(ctypes.Structure):
+    """What a layer needs, as in cpu_decoding.c."""
+
+    _fields_ = _fields("x x0 c_q c_k c_v c_proj ve_gate c_fc mlp_c_proj value_embedding cos sin k_cache v_cache scratch "
+                       "out slots lengths",
+                       "B C F H Hkv D gate_channels window slot_stride head_stride place_stride threads",
+                       "resid_lambda x0_lambda qk_scale epsilon")
+
+
+class AttentionArguments(ctypes.Structure):
+    """What attention needs, as in cpu_training.c."""
+
+    _fields_ = _fields("q k v grad out grad_q grad_k grad_v normalizer", "B T H Hkv D window threads", "scale")
 
 
 def _build(dtype: torch.dtype) -> Path:
@@ -40,7 +51,7 @@ def _build(dtype: torch.dtype) -> Path:
         raise OSError("no C compiler here (install gcc)")
     processor = next((line for line in _cpuinfo() if line.startswith(("flags", "Features"))), platform.processor())
     flags = [*FLAGS, *DTYPE_FLAGS[dtype]]
-    key = hashlib.sha256("\n".join((SOURCE.read_text(), compiler, *flags, processor)).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join((*(s.read_text() for s in SOURCES), compiler, *flags, processor)).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"nanochat-kernels-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
@@ -49,7 +60,8 @@ def _build(dtype: torch.dtype) -> Path:
     if not library.exists():
         fresh = library.with_name(f"{key}.{os.getpid()}.so")
         for threads in THREADS:
-            done = subprocess.run([compiler, *flags, *threads, str(SOURCE), "-o", str(fresh), "-lm"], capture_output=True)
+            done = subprocess.run([compiler, *flags, *threads, *map(str, SOURCES[1:]), "-o", str(fresh), "-lm"],
+                                  capture_output=True)
             if done.returncode == 0:
                 break
         else:
@@ -73,11 +85,14 @@ def load(dtype: torch.dtype):
     try:
         library = ctypes.CDLL(str(_build(dtype)))
     except (OSError, AttributeError) as error:  # AttributeError: no os.getuid on Windows
-        print(f"decoding with PyTorch alone, several times slower: the C kernels cannot be had here ({error})", flush=True)
+        print(f"going on with PyTorch alone, several times slower: the C kernels cannot be had here ({error})", flush=True)
         return None
     library.linear.argtypes, library.linear.restype = [c_void_p] * 3 + [c_int64] * 3 + [c_int], None
     library.softcap.argtypes, library.softcap.restype = [c_void_p] * 2 + [c_int64, c_float, c_int], None
     library.block.argtypes, library.block.restype = [ctypes.POINTER(BlockArguments)], None
+    library.attention.argtypes, library.attention.restype = [ctypes.POINTER(AttentionArguments)], None
+    library.softmax_gradient.argtypes = [c_void_p] * 3 + [c_int64] * 2 + [c_float, c_int]
+    library.softmax_gradient.restype = None
     return library
 
 
@@ -114,7 +129,7 @@ def fits_block(x: torch.Tensor, head_dim: int) -> bool:
 
 def block(layer, x, x0, lambdas: tuple[float, float], value_embedding, cos_sin, window: int, cache, qk_scale: float,
           epsilon: float) -> torch.Tensor:
-    """Block.begin and Block.finish in one for x (B, 1, C); stores keys and values in `cache` -> (B, 1, C)."""
+    """Block.begin, attention and Block.close in one for x (B, 1, C); stores keys and values in `cache` -> (B, 1, C)."""
     attention, mlp, dtype, rows = layer.attn, layer.mlp, x.dtype, cache.rows
     B, _, C = x.shape
     H, Hkv, D = attention.n_head, attention.n_kv_head, attention.head_dim
@@ -131,3 +146,54 @@ def block(layer, x, x0, lambdas: tuple[float, float], value_embedding, cos_sin, 
         0 if gate is None else weights[4].size(1), window, slot_stride, head_stride, place_stride,
         torch.get_num_threads(), *lambdas, qk_scale, epsilon))
     return out
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def trains(dtype: torch.dtype) -> bool:
+    """Whether `attention` and `softmax_gradient` can be had, and with as many threads as PyTorch has."""
+    library = load(dtype)
+    return library is not None and (bool(library.threaded()) or torch.get_num_threads() == 1)
+
+
+def _attend(window: int, **tensors) -> None:
+    B, T, H, D = tensors["q"].shape
+    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    load(tensors["q"].dtype).attention(AttentionArguments(
+        **pointers, B=B, T=T, H=H, Hkv=tensors["k"].size(2), D=D, window=window, threads=torch.get_num_threads(),
+        scale=D**-0.5))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, window):
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        out = torch.empty_like(q)
+        normalizer = torch.empty(q.size(0), q.size(2), q.size(1), dtype=torch.float32)
+        _attend(window, q=q, k=k, v=v, out=out, normalizer=normalizer)
+        ctx.save_for_backward(q, k, v, out, normalizer)
+        ctx.window = window
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, normalizer = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.empty_like(t) for t in (q, k, v))
+        _attend(ctx.window, q=q, k=k, v=v, grad=grad.contiguous(), out=out, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
+                normalizer=normalizer)
+        return grad_q, grad_k, grad_v, None
+
+
+def attention(q, k, v, window: int) -> torch.Tensor:
+    """Causal attention of q (B, T, H, D) over k and v (B, T, Hkv, D) -> (B, T, H, D), with gradients, where `trains`."""
+    return _Attention.apply(q, k, v, window)
+
+
+def softmax_gradient_(raw: torch.Tensor, valid: torch.Tensor, cap: float) -> torch.Tensor:
+    """`loss.softmax_gradient_` for raw (n, V), valid (n, 1) -> (n, 1), where `trains`."""
+    n, V = raw.shape
+    valid, sums = valid.float(), torch.empty(n, 1, dtype=torch.float32)
+    load(raw.dtype).softmax_gradient(raw.data_ptr(), valid.data_ptr(), sums.data_ptr(), n, V, cap, torch.get_num_threads())
+    return sums

@@ -67,12 +67,7 @@ class DecodeGraphs:
         """Compile the halves of a layer around attention, once a model and process."""
         if self.model.decode_halves is not None or compile_problem(self.model.device):
             return
-        begin, close = (torch.compile(half, dynamic=True) for half in (Block.begin, Block.close))
-
-        def finish(block, x, q, k, v, window, cache):
-            return close(block, x, block.attn.attend(q, k, v, window, cache))
-
-        self.model.decode_halves = begin, finish
+        self.model.decode_halves = tuple(torch.compile(half, dynamic=True) for half in (Block.begin, Block.close))
         with announced("compiling the decoding step, about half a minute"):
             for size in (1, 2):  # two rows stand for any number of them
                 self._step(torch.tensor([[0] * size, [self.cache.batch_size] * size], device=self.model.device))

@@ -178,9 +178,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in two halves: those with and without a value embedding then share the compiled second one.
+    """One layer, in two halves around attention: those with and without a value embedding share the compiled second one.
 
-    `block` in cpu_kernels.c is the same for one new position on CPUs: what changes here must change there.
+    `block` in cpu_decoding.c is the same for one new position on CPUs: what changes here must change there.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -192,10 +192,6 @@ class Block(nn.Module):
         """Up to attention -> residual stream, q, k, v."""
         x = resid_lambda * x + x0_lambda * x0
         return x, *self.attn.project(norm(x), value_embedding, cos_sin)
-
-    def finish(self, x, q, k, v, window, cache=None):
-        """From attention on -> residual stream."""
-        return self.close(x, self.attn.attend(q, k, v, window, cache))
 
     def close(self, x, y):
         """After attention, which saw y (B, T, C) -> residual stream."""
@@ -227,8 +223,8 @@ class GPT(nn.Module):
         })
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
-        self._begin, self._finish = Block.begin, Block.finish
-        self.decode_halves = None  # a compiled `begin` and `finish` for one new position a row, on GPUs
+        self._begin, self._close = Block.begin, Block.close
+        self.decode_halves = None  # a compiled `begin` and `close` for one new position a row, on GPUs
         self._train_features = self.features
         self._loss_gradient = loss_functions.softmax_gradient_
 
@@ -269,6 +265,7 @@ class GPT(nn.Module):
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Compute in `dtype` from now on: rotary tables, and embeddings unless it is fp16."""
         choose_backend(self.device.type, dtype)
+        self._loss_gradient = loss_functions.softmax_gradient_on(self.device, dtype)
         self.cos, self.sin = (t.to(dtype) for t in self._rotary(self.device))
         if dtype != torch.float16:
             self.transformer.wte.to(dtype)
@@ -301,15 +298,16 @@ class GPT(nn.Module):
                 linear.cast = None
 
     def compile(self) -> None:
-        """Compile the training path: the whole trunk on CUDA, half blocks (quick to compile) elsewhere."""
+        """Compile the training path: the whole trunk on CUDA, the blocks around attention (quick to compile) elsewhere."""
         if self.device.type == "cuda":
             self._train_features = torch.compile(self.features, dynamic=False)
         else:
             from torch._functorch import config  # imports PyTorch's compiler, which takes seconds
 
             config.activation_memory_budget = CPU_ACTIVATION_BUDGET
-            self._begin, self._finish = (torch.compile(half, dynamic=False) for half in (Block.begin, Block.finish))
-        self._loss_gradient = torch.compile(loss_functions.softmax_gradient_, dynamic=False)
+            self._begin, self._close = (torch.compile(half, dynamic=False) for half in (Block.begin, Block.close))
+        if self._loss_gradient is loss_functions.softmax_gradient_:
+            self._loss_gradient = torch.compile(self._loss_gradient, dynamic=False)
 
     # --- forward ---
 
@@ -366,11 +364,11 @@ class GPT(nn.Module):
             first = norm(self.transformer.wte(last.clamp(min=0)).to(self.dtype)) * (last >= 0)[:, None]
             x = self._smear(x, torch.cat((first[:, None], x[:, :-1]), dim=1))
         x0, middle = x.clone(), None  # a copy: the same tensor twice would make layer 0 compile on its own
-        begin, finish = Block.begin, Block.finish
+        begin, close = Block.begin, Block.close
         if kv_cache is None and torch.is_grad_enabled():
-            begin, finish = self._begin, self._finish
+            begin, close = self._begin, self._close
         elif kv_cache is not None and T == 1 and self.decode_halves is not None:
-            begin, finish = self.decode_halves
+            begin, close = self.decode_halves
         in_c = kv_cache is not None and kv_cache.counts is None and cpu_kernels.fits_block(x, self.config.head_dim)
         resid_lambdas, x0_lambdas = (p.tolist() if in_c else p.unbind() for p in (self.resid_lambdas, self.x0_lambdas))
         for i, block in enumerate(self.transformer.h):
@@ -382,7 +380,7 @@ class GPT(nn.Module):
                                       self.windows[i], cache, QK_SCALE, NORM_EPSILON)
             else:
                 x, q, k, v = begin(block, x, x0, resid_lambdas[i], x0_lambdas[i], value_embedding, cos_sin)
-                x = finish(block, x, q, k, v, self.windows[i], cache)
+                x = close(block, x, block.attn.attend(q, k, v, self.windows[i], cache))
             if i == self.config.n_layer // 2:
                 middle = x
         if kv_cache is not None:

@@ -4,9 +4,12 @@ N tokens, C channels, V vocabulary. logits = cap * tanh(hidden @ weight.T / cap)
 need no maximum subtracted. Targets of -1 are ignored.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
+from nanochat import cpu_kernels
 from nanochat.common import at_least_fp32
 
 SOFTCAP = 15.0
@@ -17,28 +20,20 @@ def softcap(logits: torch.Tensor) -> torch.Tensor:
     return SOFTCAP * torch.tanh(at_least_fp32(logits) / SOFTCAP)
 
 
-def _tanh(x: torch.Tensor) -> torch.Tensor:
-    """tanh in fp32 as a quotient of polynomials (that of the Eigen library, error about 1e-7): half an exponential's
-    cost where code is compiled for a CPU."""
-    x = x.clamp(-7.9, 7.9)
-    square = x * x
-    numerator, denominator = -2.76076847742355e-16, 1.19825839466702e-06
-    for coefficient in (2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08, 1.48572235717979e-05,
-                        6.37261928875436e-04, 4.89352455891786e-03):
-        numerator = numerator * square + coefficient
-    for coefficient in (1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03):
-        denominator = denominator * square + coefficient
-    return x * numerator / denominator
-
-
 def softmax_gradient_(raw: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Overwrite raw logits (n, V) with d logsumexp / d raw, rows that are not `valid` (n, 1) with 0; returns the sums
     of exponentials (n, 1). The one elementwise pass over all logits: what `GPT.compile` compiles."""
-    squashed = _tanh(raw.float() / SOFTCAP)
+    squashed = torch.tanh(raw.float() / SOFTCAP)
     exponentials = torch.exp(SOFTCAP * squashed)
     normalizer = exponentials.sum(dim=-1, keepdim=True)
     raw.copy_(exponentials * (valid / normalizer) * (1 - squashed * squashed))
     return normalizer
+
+
+def softmax_gradient_on(device: torch.device, dtype: torch.dtype):
+    """The fastest `softmax_gradient_` there is without compiling."""
+    in_c = device.type == "cpu" and cpu_kernels.trains(dtype)
+    return functools.partial(cpu_kernels.softmax_gradient_, cap=SOFTCAP) if in_c else softmax_gradient_
 
 
 def _chunk_loss_and_gradient(raw: torch.Tensor, targets: torch.Tensor, gradient_fn):
@@ -84,7 +79,7 @@ def softcap_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: t
     """Loss of hidden (N, C) under the head `weight` (V, C) for targets (N,), in fp32.
 
     reduction "sum" or "mean" (over the targets that are not -1) gives a scalar, "none" gives (N,). `gradient_fn` lets
-    the caller pass a compiled `softmax_gradient_`.
+    the caller pass a faster `softmax_gradient_`.
     """
     if reduction == "none" or not torch.is_grad_enabled():
         chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))

@@ -17,23 +17,61 @@ def reference(q, k, v, window):
     return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v)
 
 
+def needs_c(dtype):
+    if not flash_attention.C.usable(torch.device("cpu"), dtype):
+        pytest.skip("no C compiler here")
+
+
+def check(backend, T, window, heads, kv_heads, head_dim, dtype, tolerance, size=1):
+    """Output and gradients against the reference; the tolerance is a share of each tensor's largest."""
+    if backend is flash_attention.C:
+        needs_c(dtype)
+    torch.manual_seed(T + window)
+    q, k, v = (torch.randn(2, T, h, head_dim).mul(factor).to(dtype).requires_grad_()
+               for h, factor in ((heads, size), (kv_heads, size), (kv_heads, 1)))
+    grad = torch.randn(2, T, heads, head_dim).to(dtype)
+    out = backend.func(q, k, v, True, (window, 0))
+    grads = torch.autograd.grad(out, (q, k, v), grad, allow_unused=True, materialize_grads=True)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = reference(*exact, window)
+    for got, want in zip((out, *grads), (expected, *torch.autograd.grad(expected, exact, grad.double()))):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance * max(1, want.abs().max().item()))
+
+
 @pytest.mark.parametrize("backend", flash_attention.BACKENDS, ids=lambda b: b.name)
 @pytest.mark.parametrize("T,window", [(1, -1), (37, -1), (300, -1), (300, 128), (256, 128), (129, 128), (300, 7),
                                       (300, 299), (50, 0), (2100, 512)])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_forward_and_backward(backend, T, window, kv_heads):
-    torch.manual_seed(T + window)
     if T > 1000 and kv_heads == 4:
         pytest.skip("one long case is enough")
-    q, k, v = (torch.randn(2, T, h, 16, requires_grad=True) for h in (4, kv_heads, kv_heads))
-    grad = torch.randn(2, T, 4, 16)
-    out = backend.func(q, k, v, True, (window, 0))
-    grads = torch.autograd.grad(out, (q, k, v), grad, allow_unused=True, materialize_grads=True)
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = reference(*exact, window)
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
-    for got, want in zip(grads, torch.autograd.grad(expected, exact, grad.double())):
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    check(backend, T, window, 4, kv_heads, 16, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [6, 32, 40, 64, 128])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_head_dims_and_bf16(head_dim, dtype, tolerance):
+    check(flash_attention.C, 150, 40, 4, 2, head_dim, dtype, tolerance)
+    check(flash_attention.C, 128, -1, 2, 2, head_dim, dtype, tolerance)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 5e-5), (torch.bfloat16, 1e-2)])
+def test_scores_far_apart(dtype, tolerance):
+    """Scores of more than a hundred, whose exponentials would overflow, the largest anywhere among the keys."""
+    check(flash_attention.C, 200, -1, 1, 1, 64, dtype, tolerance, size=7)
+
+
+def test_c_kernel_rows_do_not_touch_each_other():
+    """The same bits alone and in company; a row that is not finite stays alone with it."""
+    needs_c(torch.float32)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 3, 100, 2, 32)
+    together = flash_attention.C.func(q, k, v, True, (-1, 0))
+    assert torch.equal(flash_attention.C.func(q[1:2], k[1:2], v[1:2], True, (-1, 0))[0], together[1])
+    k[1, 50] = float("nan")
+    spoilt = flash_attention.C.func(q, k, v, True, (-1, 0))
+    assert torch.equal(spoilt[[0, 2]], together[[0, 2]]) and torch.equal(spoilt[1, :50], together[1, :50])
+    assert spoilt[1, 50:].isnan().all()
 
 
 @pytest.mark.parametrize("window", [-1, 5])
@@ -82,7 +120,7 @@ def test_choice_of_backend(monkeypatch):
     broken.func = fails
     monkeypatch.setattr(flash_attention, "BACKENDS", (broken, *flash_attention.BACKENDS))
     monkeypatch.setattr(flash_attention, "_chosen", {})
-    assert flash_attention.choose_backend("cpu", torch.float32).name == "blocked"  # probed by a launch, then passed over
+    assert flash_attention.choose_backend("cpu", torch.float32).name == "c"  # probed by a launch, then passed over
     monkeypatch.setattr(flash_attention, "_chosen", {})
     monkeypatch.setenv("NANOCHAT_ATTENTION", "sdpa")
     assert flash_attention.choose_backend("cpu", torch.float32).name == "sdpa"

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.loss import softcap_cross_entropy
+from nanochat import cpu_kernels
+from nanochat.loss import softcap_cross_entropy, softmax_gradient_, softmax_gradient_on
 
 
 def plain(hidden, weight, targets, reduction):
@@ -79,3 +80,25 @@ def test_no_fp32_logits_of_a_whole_batch():
     with Largest() as evaluation, torch.no_grad():
         softcap_cross_entropy(hidden, weight, targets, "none")
     assert max(training.numel, evaluation.numel) <= 1024 * 300 < 4096 * 300
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+def test_softmax_gradient_in_c(dtype, tolerance):
+    """The C pass over the logits against float64: logits beyond the cap, rows that do not count, a row that is not finite."""
+    if not cpu_kernels.trains(dtype):
+        pytest.skip("no C compiler here")
+    torch.manual_seed(0)
+    raw, valid = (6 * torch.randn(9, 1003)).to(dtype), torch.ones(9, 1, dtype=torch.bool)
+    raw[2, :3] = torch.tensor([300.0, -300.0, 119.0])
+    valid[4] = False
+    squashed = torch.tanh(raw.double() / 15)
+    exponentials = torch.exp(15 * squashed)
+    sums = exponentials.sum(dim=1, keepdim=True)
+    expected = valid * exponentials / sums * (1 - squashed.square())
+    for function in (softmax_gradient_, softmax_gradient_on(torch.device("cpu"), dtype)):
+        gradient = raw.clone()
+        torch.testing.assert_close(function(gradient, valid).double(), sums, rtol=2e-6, atol=0)
+        torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=5e-7)
+    raw[7, 5] = float("nan")
+    totals = softmax_gradient_on(torch.device("cpu"), dtype)(raw, valid)
+    assert totals.isnan().flatten().tolist() == [row == 7 for row in range(9)]

@@ -1,49 +1,11 @@
 // Decoding on CPUs: one layer of the model for one new position of each row, and the product that the head needs.
-// Compiled for fp32, or with -DBFLOAT16 for bf16; sums are in fp32.
 //
 // Generating one token reads every weight once, so these run at the speed of the memory. Each output is summed in the
 // same order however many rows there are: a row's result does not depend on what else is in the batch.
 //
 // B rows, C channels, H query heads, Hkv key/value heads, D head dim.
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-enum { LANES = 16, TILE = 4 };  // floats in a vector; rows whose sums stay in registers together
-#elif defined(__ARM_NEON)
-enum { LANES = 4, TILE = 4 };
-#else
-enum { LANES = 8, TILE = 2 };
-#endif
-typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
-
-// --- numbers: `real` is what tensors hold ---------------------------------------------------------------------------
-
-#if defined(BFLOAT16)
-typedef uint16_t real;
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
-
-static inline floats load(const real *p) { return (floats)(__builtin_convertvector(*(const halves *)p, words) << 16); }
-static inline float read(real x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-static inline real rounded(float value) {  // to nearest, ties to even
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return (real)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-#else
-typedef float real;
-static inline floats load(const real *p) { return *(const floats *)p; }
-static inline float read(real x) { return x; }
-static inline real rounded(float value) { return value; }
-#endif
+#include "cpu_kernels.h"
 
 enum { AHEAD = 2048 / sizeof(real) };  // so far ahead of its reading memory is fetched
 
@@ -131,24 +93,10 @@ void linear(const real *x, const real *w, real *out, int64_t B, int64_t N, int64
     }
 }
 
-// out (n) = cap tanh(x / cap), tanh as a quotient of polynomials (that of the Eigen library, error about 1e-7).
+// out (n) = cap tanh(x / cap)
 void softcap(const real *x, float *out, int64_t n, float cap, int threads) {
 #pragma omp parallel for simd num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < n; i++) {
-        float v = read(x[i]) / cap;
-        v = v > 7.9f ? 7.9f : v < -7.9f ? -7.9f : v;  // not fminf, which compilers do not vectorize
-        float s = v * v, p = -2.76076847742355e-16f, q = 1.19825839466702e-06f;
-        p = p * s + 2.00018790482477e-13f;
-        p = p * s - 8.60467152213735e-11f;
-        p = p * s + 5.12229709037114e-08f;
-        p = p * s + 1.48572235717979e-05f;
-        p = p * s + 6.37261928875436e-04f;
-        p = p * s + 4.89352455891786e-03f;
-        q = q * s + 1.18534705686654e-04f;
-        q = q * s + 2.26843463243900e-03f;
-        q = q * s + 4.89352518554385e-03f;
-        out[i] = cap * v * p / q;
-    }
+    for (int64_t i = 0; i < n; i++) out[i] = cap * tangent(read(x[i]) / cap);
 }
 
 // --- what a layer consists of -------------------------------------------------------------------------------------------
@@ -212,7 +160,7 @@ static void attend(const real *query, const real *keys, const real *values, real
         top = fmaxf(top, weights[s]);
     }
 #pragma omp simd
-    for (int64_t s = 0; s < count; s++) weights[s] = expf(weights[s] - top);
+    for (int64_t s = 0; s < count; s++) weights[s] = exponential(weights[s] - top);
     for (int64_t s = 0; s < count; s++) sum += weights[s];
     if (D % (8 * LANES) == 0)
         for (int64_t d = 0; d < D; d += 8 * LANES) mix(8, weights, values + d, out + d, count, stride, sum);
@@ -255,7 +203,7 @@ static void attend_head(const block_arguments *a, int64_t b, int64_t head, const
                last - first + 1, a->place_stride, D);
 }
 
-// Block.begin and Block.finish of gpt.py for x (B, C), one new position of each row; C and D multiples of 32. `scratch`
+// Block.begin, attention and Block.close of gpt.py for x (B, C), one new position of each row; C and D multiples of 32. `scratch`
 // has room for B (3 C + 2 Hkv D + F) numbers.
 void block(const block_arguments *a) {
     const int64_t B = a->B, C = a->C, F = a->F, KV = a->Hkv * a->D;
