@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -162,6 +163,8 @@ def add_model_flags(parser: Parser) -> None:
 def run_script(main) -> None:
     """Run a script's main: a UserError becomes one line on stderr and exit code 2. The rank that fails first says so;
     the others end with it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by scripts/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         ranks.place()
     except ValueError as error:

@@ -225,6 +225,17 @@ def test_an_answer_can_be_interrupted(trained, capsys, monkeypatch):
     assert capsys.readouterr().out.endswith("\n[stopped]\n")
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
+def test_ctrl_c_while_pytorch_is_loaded():
+    process = subprocess.Popen([sys.executable, "-m", "scripts.chat_cli"], cwd=REPO, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "libtorch" not in maps.read_text():
+        pass
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "" and process.returncode == -signal.SIGINT
+
+
 def test_full_context_is_told(trained, tokenizer, capsys):
     turns = [{"role": role, "content": "word " * 15} for _ in range(10) for role in ("user", "assistant")]
     messages = [*turns, {"role": "user", "content": "and now?"}]
