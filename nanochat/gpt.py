@@ -22,7 +22,6 @@ NORM_EPSILON = torch.finfo(torch.float32).eps
 SMEAR_CHANNELS = 24
 VE_GATE_CHANNELS = 12
 CONFIG_VERSION = 1
-CPU_ACTIVATION_BUDGET = 0.6  # share of a compiled block's activations that is kept; the rest is cheap to recompute
 
 
 @dataclass(frozen=True)
@@ -302,9 +301,6 @@ class GPT(nn.Module):
         if self.device.type == "cuda":
             self._train_features = torch.compile(self.features, dynamic=False)
         else:
-            from torch._functorch import config  # imports PyTorch's compiler, which takes seconds
-
-            config.activation_memory_budget = CPU_ACTIVATION_BUDGET
             self._begin, self._close = (torch.compile(half, dynamic=False) for half in (Block.begin, Block.close))
         if self._loss_gradient is loss_functions.softmax_gradient_:
             self._loss_gradient = torch.compile(self._loss_gradient, dynamic=False)

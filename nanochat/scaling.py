@@ -121,7 +121,7 @@ def share_rows(rows: int, device_batch_size: int | None, world_size: int) -> tup
 
 # --- memory -------------------------------------------------------------------------------------------------------
 
-ACTIVATION_BYTES = {"cuda": 34, "cpu": 56}  # a token, layer and channel that backward keeps, compiled, in a 16-bit dtype
+ACTIVATION_BYTES = {"cuda": 34, "cpu": 64}  # a token, layer and channel that backward keeps, compiled, in a 16-bit dtype
 PROCESS_BYTES = {"cuda": 1.5e9, "cpu": 0.9e9}  # CUDA context and libraries; Python, PyTorch, the compiler
 CPU_PIECE_TOKENS = 8192  # of a micro-batch that a CPU takes at once
 LOSS_CHUNK_TOKENS = 1024

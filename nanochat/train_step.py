@@ -1,6 +1,7 @@
 """What the training loops do: one optimizer step with its mishaps, the loop's state, signals, garbage collection."""
 
 import gc
+import logging
 import math
 import os
 import signal
@@ -110,6 +111,8 @@ def start_compile(model, total_flops: float) -> bool:
     if problem is None and model.device.type == "cpu" and total_flops < EAGER_FLOPS:
         problem = "the run is too short to pay for compiling"
     if problem is None:
+        if model.device.type == "cpu":  # where it finds a CUDA compiler, which it will not use
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         print0("torch.compile: the first step compiles, which takes a minute or so")
         model.compile()
     else:

@@ -16,9 +16,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 TAG="${TAG:-cpu}"
-BASE_STEPS="${BASE_STEPS:-400}"
-SFT_STEPS="${SFT_STEPS:-350}"
-RL_STEPS="${RL_STEPS:-100}"
+BASE_STEPS="${BASE_STEPS:-360}"
+SFT_STEPS="${SFT_STEPS:-300}"
+RL_STEPS="${RL_STEPS:-70}"
 WANDB_RUN="${WANDB_RUN:-dummy}"
 AGAIN="bash runs/runcpu.sh" REPORT=yes
 # shellcheck disable=SC1091
