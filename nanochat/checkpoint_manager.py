@@ -348,10 +348,9 @@ def _migrate_state(model: GPT, state: dict) -> dict:
 
 def build_from_state(config: GPTConfig, state: dict, device: torch.device, dtype: torch.dtype) -> GPT:
     """A model with the given weights."""
-    with torch.device("meta"):
+    with device:
         model = GPT(config)
     state = _migrate_state(model, state)
-    model.to_empty(device=device)
     model.set_compute_dtype(dtype)
     try:
         model.load_state_dict(state)

@@ -96,7 +96,7 @@ class Linear(nn.Linear):
         self.cast: torch.Tensor | None = None  # the weight in the compute dtype, while `weights_cast_once` lasts
 
     def reset_parameters(self):
-        """Left to `GPT.init_weights`: PyTorch's own, on the meta device, would import its compiler, which takes seconds."""
+        """Left to `GPT.init_weights`."""
 
     def weight_as(self, dtype: torch.dtype) -> torch.Tensor:
         weight = self.weight if self.cast is None else self.cast
@@ -199,7 +199,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only Transformer. Build it on the meta device, then `to_empty`, `init_weights`: see `build_model`."""
+    """Decoder-only Transformer, its weights not yet filled: see `build_model`."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -386,8 +386,7 @@ class GPT(nn.Module):
 
 def build_model(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPT:
     """A freshly initialised model on `device`, computing in `dtype`."""
-    with torch.device("meta"):
+    with device:  # not on the meta device, whose `to_empty` imports PyTorch's compiler, which takes seconds
         model = GPT(config)
-    model.to_empty(device=device)
     model.init_weights(dtype)
     return model
