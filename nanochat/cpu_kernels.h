@@ -56,12 +56,10 @@ static inline float tangent(float x) {
 
 // e^x for x up to 87 as a power of two times a polynomial (Taylor's, error 2e-7); 0 below -87.
 static inline float exponential(float x) {
-    const float magic = 12582912;  // 1.5 * 2^23: adding it rounds to a whole number, which the low bits then hold
-    float shifted = x * 1.44269504f + magic, n = shifted - magic, r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    const float magic = 12583039;  // 1.5 * 2^23 + 127: adding it rounds to a whole number, whose low bits are an exponent's
+    float shifted = x * 1.44269504f + magic, n = shifted - magic, r = x - n * 0.693145752f - n * 1.42860677e-6f, power;
     float p = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
-    uint32_t power, bits;
-    memcpy(&power, &shifted, 4), memcpy(&bits, &p, 4);
-    bits = x < -87 ? 0 : bits + (power << 23);
-    memcpy(&p, &bits, 4);
-    return p;
+    uint32_t bits;
+    memcpy(&bits, &shifted, 4), bits <<= 23, memcpy(&power, &bits, 4);
+    return x < -87 ? 0 : p * power;
 }

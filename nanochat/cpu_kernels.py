@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -58,15 +59,16 @@ def _build(dtype: torch.dtype) -> Path:
         raise OSError(f"{folder} belongs to someone else")
     library = folder / f"{key}.so"
     if not library.exists():
-        fresh = library.with_name(f"{key}.{os.getpid()}.so")
+        handle, fresh = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
         for threads in THREADS:
-            done = subprocess.run([compiler, *flags, *threads, *map(str, SOURCES[1:]), "-o", str(fresh), "-lm"],
+            done = subprocess.run([*shlex.split(compiler), *flags, *threads, *map(str, SOURCES[1:]), "-o", fresh, "-lm"],
                                   capture_output=True)
             if done.returncode == 0:
                 break
         else:
             raise OSError(f"{compiler}: {done.stderr.decode(errors='replace').strip()[:300]}")
-        fresh.replace(library)
+        os.replace(fresh, library)
     return library
 
 
@@ -87,12 +89,11 @@ def load(dtype: torch.dtype):
     except (OSError, AttributeError) as error:  # AttributeError: no os.getuid on Windows
         print(f"going on with PyTorch alone, several times slower: the C kernels cannot be had here ({error})", flush=True)
         return None
-    library.linear.argtypes, library.linear.restype = [c_void_p] * 3 + [c_int64] * 3 + [c_int], None
-    library.softcap.argtypes, library.softcap.restype = [c_void_p] * 2 + [c_int64, c_float, c_int], None
-    library.block.argtypes, library.block.restype = [ctypes.POINTER(BlockArguments)], None
-    library.attention.argtypes, library.attention.restype = [ctypes.POINTER(AttentionArguments)], None
-    library.softmax_gradient.argtypes = [c_void_p] * 3 + [c_int64] * 2 + [c_float, c_int]
-    library.softmax_gradient.restype = None
+    for name, kinds in (("linear", [c_void_p] * 3 + [c_int64] * 3 + [c_int]),
+                        ("softcap", [c_void_p] * 2 + [c_int64, c_float, c_int]),
+                        ("block", [ctypes.POINTER(BlockArguments)]), ("attention", [ctypes.POINTER(AttentionArguments)]),
+                        ("softmax_gradient", [c_void_p] * 3 + [c_int64] * 2 + [c_float, c_int])):
+        getattr(library, name).argtypes = kinds
     return library
 
 
@@ -130,6 +131,7 @@ def fits_block(x: torch.Tensor, head_dim: int) -> bool:
 def block(layer, x, x0, lambdas: tuple[float, float], value_embedding, cos_sin, window: int, cache, qk_scale: float,
           epsilon: float) -> torch.Tensor:
     """Block.begin, attention and Block.close in one for x (B, 1, C); stores keys and values in `cache` -> (B, 1, C)."""
+    assert cache.rows.longest < cache.k_cache.size(1), "the cache is full"
     attention, mlp, dtype, rows = layer.attn, layer.mlp, x.dtype, cache.rows
     B, _, C = x.shape
     H, Hkv, D = attention.n_head, attention.n_kv_head, attention.head_dim
@@ -157,12 +159,17 @@ def trains(dtype: torch.dtype) -> bool:
     return library is not None and (bool(library.threaded()) or torch.get_num_threads() == 1)
 
 
+def _check(failed: int) -> None:
+    if failed:
+        raise RuntimeError("a C kernel can't allocate memory")  # words that `train_step` knows
+
+
 def _attend(window: int, **tensors) -> None:
     B, T, H, D = tensors["q"].shape
     pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    load(tensors["q"].dtype).attention(AttentionArguments(
+    _check(load(tensors["q"].dtype).attention(AttentionArguments(
         **pointers, B=B, T=T, H=H, Hkv=tensors["k"].size(2), D=D, window=window, threads=torch.get_num_threads(),
-        scale=D**-0.5))
+        scale=D**-0.5)))
 
 
 class _Attention(torch.autograd.Function):
@@ -188,6 +195,8 @@ class _Attention(torch.autograd.Function):
 
 def attention(q, k, v, window: int) -> torch.Tensor:
     """Causal attention of q (B, T, H, D) over k and v (B, T, Hkv, D) -> (B, T, H, D), with gradients, where `trains`."""
+    B, T, H, D = q.shape
+    assert k.shape == v.shape == (B, T, k.size(2), D) and H % k.size(2) == 0 and q.dtype == k.dtype == v.dtype
     return _Attention.apply(q, k, v, window)
 
 
@@ -195,5 +204,6 @@ def softmax_gradient_(raw: torch.Tensor, valid: torch.Tensor, cap: float) -> tor
     """`loss.softmax_gradient_` for raw (n, V), valid (n, 1) -> (n, 1), where `trains`."""
     n, V = raw.shape
     valid, sums = valid.float(), torch.empty(n, 1, dtype=torch.float32)
-    load(raw.dtype).softmax_gradient(raw.data_ptr(), valid.data_ptr(), sums.data_ptr(), n, V, cap, torch.get_num_threads())
+    _check(load(raw.dtype).softmax_gradient(raw.data_ptr(), valid.data_ptr(), sums.data_ptr(), n, V, cap,
+                                            torch.get_num_threads()))
     return sums

@@ -9,7 +9,7 @@
 #include "cpu_kernels.h"
 #include <stdlib.h>
 
-typedef uint32_t word;  // PAIR numbers that a product multiplies and adds in one go
+typedef uint32_t word __attribute__((may_alias));  // PAIR numbers that a product multiplies and adds in one go
 enum { PAIR = sizeof(word) / sizeof(real), BLOCK = 64, WIDE = 2 * LANES, TALL = LANES == 8 ? 4 : 8 };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -260,28 +260,36 @@ static void attend_group(const attention_arguments *a, int64_t b, int64_t head, 
 }
 
 // Causal attention: q, k, v -> out, normalizer; or, where there is a gradient, all these -> grad_q, grad_k, grad_v.
-void attention(const attention_arguments *a) {
+// Both functions return 0, or 1 if there is not enough memory.
+int attention(const attention_arguments *a) {
     const int64_t rows = rounded_up(a->T, BLOCK), D = rounded_up(a->D, WIDE);
     const int64_t matrices = 4 * 4 * rows * D * sizeof(real), sums = (3 * rows * D + 2 * rows) * sizeof(float);
     const int64_t blocks = (3 * BLOCK * BLOCK + 2 * BLOCK * D) * sizeof(float);
-#pragma omp parallel num_threads((int)a->threads)
+    int failed = 0;
+#pragma omp parallel num_threads((int)a->threads) reduction(| : failed)
     {
         char *memory = aligned_alloc(64, rounded_up(matrices + sums + blocks, 64));
+        failed = memory == NULL;
 #pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < a->B * a->Hkv; row++) attend_group(a, row / a->Hkv, row % a->Hkv, memory);
+        for (int64_t row = 0; row < a->B * a->Hkv; row++)
+            if (memory) attend_group(a, row / a->Hkv, row % a->Hkv, memory);
         free(memory);
     }
+    return failed;
 }
 
 // --- loss ----------------------------------------------------------------------------------------------------------------
 
 // Raw logits (n, V) become d logsumexp(cap tanh(raw / cap)) / d raw, times `valid` (n); sums (n): of the exponentials.
-void softmax_gradient(real *raw, const float *valid, float *sums, int64_t n, int64_t V, float cap, int threads) {
-#pragma omp parallel num_threads(threads)
+int softmax_gradient(real *raw, const float *valid, float *sums, int64_t n, int64_t V, float cap, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *slopes = malloc(V * sizeof(float)), inverse = 1 / cap;
+        failed = slopes == NULL;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n; i++) {
+            if (!slopes) continue;
             real *row = raw + i * V;
             float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -297,6 +305,7 @@ void softmax_gradient(real *raw, const float *valid, float *sums, int64_t n, int
         }
         free(slopes);
     }
+    return failed;
 }
 
 // Whether there is more than one thread here.

@@ -22,7 +22,7 @@ def softcap(logits: torch.Tensor) -> torch.Tensor:
 
 def softmax_gradient_(raw: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Overwrite raw logits (n, V) with d logsumexp / d raw, rows that are not `valid` (n, 1) with 0; returns the sums
-    of exponentials (n, 1). The one elementwise pass over all logits: what `GPT.compile` compiles."""
+    of exponentials (n, 1). The one elementwise pass over all logits."""
     squashed = torch.tanh(raw.float() / SOFTCAP)
     exponentials = torch.exp(SOFTCAP * squashed)
     normalizer = exponentials.sum(dim=-1, keepdim=True)
@@ -82,13 +82,8 @@ def softcap_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: t
     the caller pass a faster `softmax_gradient_`.
     """
     if reduction == "none" or not torch.is_grad_enabled():
-        chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
-        if torch.is_grad_enabled():
-            chunks = ((torch.utils.checkpoint.checkpoint(_token_losses, h, weight, t, use_reentrant=False))
-                      for h, t in chunks)
-            losses = torch.cat(list(chunks))
-        else:
-            losses = torch.cat([_token_losses(h, weight, t) for h, t in chunks])
+        losses = torch.cat([torch.utils.checkpoint.checkpoint(_token_losses, h, weight, t, use_reentrant=False)
+                            for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))])
         if reduction == "none":
             return losses
         total = losses.sum()

@@ -17,7 +17,6 @@ from nanochat.common import (DTYPES, Parser, UserError, add_model_flags, add_run
 from nanochat.optim import build_optimizer
 from nanochat.progress import Progress
 from nanochat.rollout import Sampler, Settings, is_informative, pass_at_k, policy_gradient
-from nanochat.scaling import flops_per_token
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train_step import (LoopState, StopRequest, apply_gradients, check_dtype, collect_garbage, get_rng_state,
                                  make_scaler, set_rng_state, set_schedules, start_compile)
@@ -118,11 +117,10 @@ def main(argv=None) -> dict:
     # --- model, optimizer ---
     source_directory, source_step = (directory, step) if meta else (sft_dir, sft_step)
     model = build_from_state(config, load_tensors(source_directory / f"model_{source_step:06d}.pt"), runtime.device, runtime.dtype)
-    answers = num_iterations * args.examples_per_step * args.num_samples
-    compiled = start_compile(model, flops_per_token(config) * answers * args.max_new_tokens / 8)  # many answers teach nothing, most are shorter
+    compiled = runtime.device.type == "cuda" and start_compile(model, math.inf)  # a CPU gains less than each length costs
     optimizer = build_optimizer(model, embedding_lr=args.embedding_lr, unembedding_lr=args.unembedding_lr,
                                 matrix_lr=args.matrix_lr, scalar_lr=args.scalar_lr, weight_decay=args.weight_decay,
-                                compile=compiled and runtime.device.type == "cuda")
+                                compile=compiled)
     for group in optimizer.param_groups:
         share = args.scalar_lr / 0.5 if group["names"][0].startswith(("smear_", "backout_")) else 1.0  # 0.5: of pretraining
         group["initial_lr"] *= share * args.init_lr_frac

@@ -3,7 +3,7 @@
 import os
 
 os.environ.update(GOMP_SPINCOUNT="2000", HF_HUB_OFFLINE="1", TORCHDYNAMO_DISABLE="1", NANOCHAT_DTYPE="float32", WANDB_MODE="offline")
-for name in ("NANOCHAT_DATA_DIR", "NANOCHAT_DATASETS_DIR", "NANOCHAT_ATTENTION", "HF_ENDPOINT"):
+for name in ("NANOCHAT_DATA_DIR", "NANOCHAT_DATASETS_DIR", "NANOCHAT_ATTENTION", "NANOCHAT_CPU_KERNELS", "HF_ENDPOINT"):
     os.environ.pop(name, None)
 
 import random  # noqa: E402
