@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from nanochat import ranks
 from nanochat.common import DTYPES, Runtime, UserError, get_base_dir, print0, read_json, repo_dir
 from nanochat.gpt import CONFIG_VERSION, GPT, GPTConfig
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer, kept_tokenizer
 
 SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
            "rl": "chatrl_checkpoints"}
@@ -282,7 +282,7 @@ def find_resume_step(directory: Path, wanted: int | str | None) -> int | None:
 def load_meta(directory: Path, step: int) -> dict:
     """Meta of a checkpoint; UserError if the file is damaged."""
     meta = read_json(directory / f"meta_{step:06d}.json")
-    if not isinstance(meta, dict) or "model_config" not in meta:
+    if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict) or meta.get("step") != step:
         raise UserError(f"{directory / f'meta_{step:06d}.json'} is damaged; choose another step")
     return meta
 
@@ -294,7 +294,8 @@ def load_tensors(path: Path, device="cpu") -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; the checkpoint is not complete") from None
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); choose another step") from error
+        raise UserError(f"{path} is truncated or damaged ({str(error).splitlines()[0][:80]}); choose another "
+                        "step (--step, --resume STEP), or train again") from error
 
 
 def load_optimizer_states(directory: Path, step: int, meta: dict, runtime: Runtime) -> list[dict]:
@@ -319,14 +320,14 @@ def config_from_meta(stored: dict) -> GPTConfig:
     """The config of a checkpoint of any version."""
     stored = dict(stored)
     version = stored.pop("version", 0)
-    if version > CONFIG_VERSION:
-        raise UserError(f"the checkpoint's config has version {version}, this code knows {CONFIG_VERSION}: update nanochat")
-    if version < 1:  # public checkpoints: early ones know no windows
-        stored.setdefault("window_pattern", "L")
-        stored.setdefault("n_kv_head", stored["n_head"])
     try:
+        if version > CONFIG_VERSION:
+            raise UserError(f"the checkpoint's config has version {version}, this code knows {CONFIG_VERSION}: update nanochat")
+        if version < 1:  # public checkpoints: early ones know no windows
+            stored.setdefault("window_pattern", "L")
+            stored.setdefault("n_kv_head", stored["n_head"])
         return GPTConfig(**stored)
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
         raise UserError(f"the checkpoint's config does not fit: {error}") from error
 
 
@@ -363,8 +364,10 @@ def check_tokenizer(tokenizer: RustBPETokenizer, meta: dict) -> None:
     """UserError unless the checkpoint was trained with this tokenizer."""
     recorded = meta.get("tokenizer_hash")
     if recorded and recorded != tokenizer.content_hash():
-        raise UserError("the tokenizer in the base directory is not the one that this checkpoint was trained with; "
-                        "restore that tokenizer (tokenizer/tokenizer.json), or train again")
+        kept = kept_tokenizer(get_base_dir() / "tokenizer", recorded)
+        raise UserError("the tokenizer in the base directory is not the one that this checkpoint was trained with; " + (
+            f"it is kept: rename {kept} to tokenizer.json" if kept.exists() else
+            "restore that tokenizer (tokenizer/tokenizer.json), or train again"))
     if not recorded and meta["model_config"]["vocab_size"] != tokenizer.get_vocab_size():
         raise UserError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the checkpoint "
                         f"{meta['model_config']['vocab_size']}")

@@ -54,7 +54,7 @@ def read_jsonl(path: Path) -> list[tuple[int, object]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                values.append((number, json.loads(line.decode("utf-8"))))
+                values.append((number, json.loads(line.decode("utf-8-sig"))))
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
     return values
@@ -144,8 +144,8 @@ def steps_or_auto(text: str) -> int | None | str:
 
 def run_name(text: str) -> str:
     """Argument type: the name of a run, which becomes a directory's."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text) or ".previous" in text:
-        raise argparse.ArgumentTypeError(f"expected letters, digits, '-', '_' and '.', got {text!r}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", text) or ".previous" in text or text.endswith(".lock"):
+        raise argparse.ArgumentTypeError(f"expected at most 100 of the letters a to z, digits, '-', '_' and '.', got {text!r}")
     return text
 
 
@@ -182,13 +182,16 @@ def run_script(main) -> None:
         _fail("interrupted", 130)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in MENDABLE:
-            _fail(f"{error.filename or 'a file'}: {error.strerror}; mend that and run the same command again (trainings: "
-                  "with --resume)", 2)
+            _fail(f"{error.filename or 'the disk of ' + str(get_base_dir())}: {error.strerror}; mend that and run the same "
+                  "command again (trainings: with --resume)", 2)
         if ranks.is_lost_contact(error) and ranks.place()["world_size"] > 1:
             time.sleep(3)  # the rank that failed tells why, if it still can
             detail = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])[:120]
             _fail(f"lost contact with another rank ({detail}); if no rank says why, one was killed; run the same command again "
                   "(trainings: with --resume)", 1)
+        if ranks.is_out_of_memory(error):
+            _fail("out of memory: take a smaller model (--depth), fewer rows at a time (--device-batch-size), or a machine "
+                  f"with more ({str(error).splitlines()[0][-90:]})", 2)
         traceback.print_exc()
         _fail(f"{type(error).__name__}: {error}", 1)
 

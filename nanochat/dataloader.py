@@ -62,8 +62,8 @@ class _Loader:
         self.rows_per_step = rows_per_step or device_batch_size * runtime.world_size
         self.state = {"next": 0, "waiting": [], "row": 0, "identity": identity} if state is None else state
         if self.state["identity"] != identity:
-            raise UserError(f"the data is not what the checkpoint was trained on: it had {self.state['identity']}, "
-                            f"now there is {identity}; bring the files back, or start without --resume")
+            raise UserError(f"the data is not what the checkpoint was trained on: {self.state['identity']} then, {identity} now; "
+                            "bring back the files and the flags that choose them, or start without --resume")
         self._begin()
 
     def _begin(self) -> None:

@@ -104,10 +104,12 @@ def _split_by_name(files: list[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...
 
 def _own_corpus(folder: Path) -> Corpus:
     if not folder.is_dir():
-        raise UserError(f"data directory {folder} " + ("is a file: give the folder that holds it" if folder.exists()
-                                                       else "does not exist"))
+        what = "is a file: give the folder that holds it" if folder.exists() else "does not exist"
+        raise UserError(f"data directory {folder} {what}")
     files = sorted(f for pattern in ("*", "*/*") for f in folder.glob(pattern)
-                   if f.suffix in (".parquet", ".jsonl", ".txt"))
+                   if f.suffix in (".parquet", ".jsonl", ".txt") and (f.is_file() or f.is_symlink()))
+    for lost in (f for f in files if not f.is_file()):
+        raise UserError(f"{lost} is a link to no file; put the file in its place, or remove the link")
     train, val = _split_by_name(files)
     if not files:
         raise UserError(f"no parquet, jsonl or txt file in {folder}")

@@ -5,7 +5,7 @@ import math
 import time
 from pathlib import Path
 
-from nanochat.common import Runtime, UserError, print0
+from nanochat.common import Runtime, UserError, get_base_dir, print0
 
 
 def human(value: float) -> str:
@@ -37,13 +37,8 @@ class Progress:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.first_step, self.mean_s, self.trained_s = first_step, None, 0.0
         self.losses: list[float] = []  # of this process's steps
-        self.file = self.wandb = None
-        if runtime.is_main:
-            directory.mkdir(parents=True, exist_ok=True)
-            _drop_from_step(directory / "metrics.jsonl", first_step)
-            self.file = open(directory / "metrics.jsonl", "a", buffering=1)
-            if run not in ("", "dummy"):
-                self.wandb = _start_wandb(run, directory, config)
+        self.metrics, self.file = directory / "metrics.jsonl", None
+        self.wandb = _start_wandb(run, config) if runtime.is_main and run not in ("", "dummy") else None
 
     @property
     def steps_done(self) -> int:
@@ -80,7 +75,11 @@ class Progress:
     def log(self, step: int, **metrics) -> None:
         """One line of metrics.jsonl, and wandb; None values are left out."""
         metrics = {k: v for k, v in metrics.items() if v is not None}
-        if self.file:
+        if self.runtime.is_main:
+            if self.file is None:
+                self.metrics.parent.mkdir(parents=True, exist_ok=True)
+                _drop_from_step(self.metrics, self.first_step)
+                self.file = open(self.metrics, "a", buffering=1)
             self.file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
         if self.wandb:
             self.wandb.log(metrics, step=step)
@@ -109,11 +108,11 @@ def _drop_from_step(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def _start_wandb(run: str, directory: Path, config: dict):
+def _start_wandb(run: str, config: dict):
     import wandb  # slow to import, and needed by few
 
     try:
-        return wandb.init(project="nanochat", name=run, config=config, dir=directory)
+        return wandb.init(project="nanochat", name=run, config=config, dir=get_base_dir())
     except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"wandb does not start ({reason}); run wandb login, or set WANDB_MODE=offline, or leave out "

@@ -83,9 +83,10 @@ def plan(config: GPTConfig, *, num_iterations: int | None = None, target_flops: 
     target_tokens = ratio * count_parameters(config)["scaling"]
     if num_iterations is None and target_flops is not None:
         target_tokens = target_flops / flops
-    if target_tokens < config.sequence_len:
-        raise UserError(f"--target-flops={target_flops:g} is less than one row of this model takes "
-                        f"({flops * config.sequence_len:.3g})")
+    if num_iterations is None and target_tokens < config.sequence_len:
+        asked = f"--target-param-data-ratio={ratio:g}" if target_flops is None else f"--target-flops={target_flops:g}"
+        raise UserError(f"{asked} is less than one row of {config.sequence_len:,} tokens takes "
+                        f"({flops * config.sequence_len:.3g} FLOPs); a shorter --max-seq-len, or more of it")
     batch = total_batch_size or 2 ** round(
         math.log2(REFERENCE_BATCH * (target_tokens / reference_tokens) ** BATCH_EXPONENT))
     if batch % config.sequence_len:

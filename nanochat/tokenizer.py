@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import rustbpe
 import tiktoken
 import torch
 
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError, get_base_dir, print0, read_json
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # begins every document
@@ -59,6 +60,11 @@ def check_conversation(conversation: dict) -> list[dict]:
     return messages
 
 
+def kept_tokenizer(directory: Path, content_hash: str) -> Path:
+    """Where a tokenizer that another one replaced is kept."""
+    return directory / f"tokenizer_{content_hash[:8]}.json"
+
+
 class RustBPETokenizer:
     """A byte-level BPE vocabulary with the special tokens as its last ids."""
 
@@ -94,9 +100,9 @@ class RustBPETokenizer:
             data = json.loads(path.read_text())
             tokens = [base64.b64decode(token) for token in data["tokens"]]
             tokenizer = cls(data["pattern"], {t: i for i, t in enumerate(tokens)}, data["special_tokens"], "<|bos|>")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} cannot be read ({error}): run python -m scripts.tok_train again") from error
-        if tokenizer.content_hash() != data["sha256"]:
+        if tokenizer.content_hash() != data.get("sha256"):
             raise UserError(f"{path} is damaged (its content hash differs): run python -m scripts.tok_train again")
         return tokenizer
 
@@ -116,12 +122,17 @@ class RustBPETokenizer:
         return hashlib.sha256(json.dumps(self._contents(), sort_keys=True).encode()).hexdigest()
 
     def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json`."""
+        """Write `tokenizer.json`; another one that is there is kept beside it, for models that were trained with it."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / (FILE_NAME + ".tmp")
+        path, temporary = directory / FILE_NAME, directory / (FILE_NAME + ".tmp")
+        earlier = read_json(path)
+        if isinstance(earlier, dict) and earlier.get("sha256") not in (None, self.content_hash()):
+            kept = kept_tokenizer(directory, str(earlier["sha256"]))
+            shutil.copyfile(path, kept)
+            print0(f"the tokenizer that was there is kept as {kept.name}")
         temporary.write_text(json.dumps(self._contents() | {"sha256": self.content_hash()}))
-        temporary.replace(directory / FILE_NAME)
+        temporary.replace(path)
 
     # --- vocabulary ---
 

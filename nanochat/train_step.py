@@ -57,6 +57,9 @@ class LoopState:
         """Say how the run ended, with what `result`."""
         if self.skipped:
             print0(f"{self.skipped} steps were skipped: their loss or gradient was not finite")
+        if finished and self.val_bpb is not None and not math.isfinite(self.val_bpb):
+            raise UserError(f"the model is broken (bits per byte: {self.val_bpb}) after {self.step} steps, saved in {directory}; "
+                            "lower the learning rates and train again")
         if finished:
             print0(f"done: {self.step:,} steps in {clock(self.trained_s)} of training, {result}, peak memory "
                    f"{runtime.peak_memory_bytes() / 2**30:.2f} GiB, in {directory}")
@@ -175,10 +178,6 @@ class OutOfMemory(Exception):
     """A rank has not enough memory for a micro-step; raised on all of them."""
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)
-
-
 def train_step(model, optimizer, batches: list, runtime, scaler=None, may_run_out: bool = False) -> float:
     """Train on this rank's micro-batches -> mean loss over the supervised tokens of the whole step, all ranks.
 
@@ -196,7 +195,7 @@ def train_step(model, optimizer, batches: list, runtime, scaler=None, may_run_ou
             total += loss.detach()
             (loss if scaler is None else scaler.scale(loss)).backward()
     except RuntimeError as error:
-        if not may_run_out or not _is_out_of_memory(error):
+        if not may_run_out or not ranks.is_out_of_memory(error):
             raise
         ran_out, loss = True, None  # the graph's tensors are freed
     if may_run_out and runtime.any(ran_out):

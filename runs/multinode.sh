@@ -25,9 +25,12 @@ if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}${NANOCHAT_INSIDE_SRUN:
     exec srun --kill-on-bad-exit=1 bash runs/multinode.sh "$@"
 fi
 
+if [[ ! "${NNODES:-}" =~ ^[0-9]+$ ]] || [ -z "${HEAD:-}" ]; then
+    echo "error: NNODES=${NNODES:-} HEAD=${HEAD:-}: set the number of machines and the address of the first one" >&2
+    exit 2
+fi
 # shellcheck disable=SC1091
 source runs/setup.sh
-: "${NNODES:?how many machines}" "${HEAD:?address of the first machine}"
 program="$1"
 shift
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"  # seconds to finish a step and save

@@ -14,11 +14,19 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+case "${1:-}" in
+    "") ;;
+    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' runs/runcpu.sh; exit 0 ;;
+    *) echo "error: unknown argument $1; settings come by environment (bash runs/runcpu.sh --help)" >&2; exit 2 ;;
+esac
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 TAG="${TAG:-cpu}"
 BASE_STEPS="${BASE_STEPS:-360}"
 SFT_STEPS="${SFT_STEPS:-300}"
 RL_STEPS="${RL_STEPS:-70}"
+for steps in "$BASE_STEPS" "$SFT_STEPS" "$RL_STEPS"; do
+    [[ "$steps" =~ ^[0-9]+$ ]] || { echo "error: BASE_STEPS, SFT_STEPS, RL_STEPS: expected a number, got $steps" >&2; exit 2; }
+done
 WANDB_RUN="${WANDB_RUN:-dummy}"
 AGAIN="bash runs/runcpu.sh" REPORT=yes
 # shellcheck disable=SC1091

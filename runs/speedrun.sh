@@ -25,6 +25,7 @@ REHEARSE=""
 case "${1:-}" in
     --rehearse) REHEARSE=1 ;;
     "") ;;
+    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' runs/speedrun.sh; exit 0 ;;
     *) echo "error: unknown argument $1; bash runs/speedrun.sh [--rehearse]" >&2; exit 2 ;;
 esac
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}${REHEARSE:+/rehearsal}"

@@ -132,7 +132,10 @@ def main(argv=None) -> dict:
     if "core" in wanted:
         settings = {"model": name, "version": version, "max_per_task": args.max_per_task, "limit": limit,
                     "dtype": runtime.dtype_name}
-        if args.eval is None and not bundle_in_reach():
+        reachable = bundle_in_reach()
+        if args.eval is not None and not reachable:
+            raise UserError("--eval core: its data is out of reach (set NANOCHAT_EVAL_BUNDLE to a copy of the bundle)")
+        if not reachable:
             print0("CORE: left out, its data is out of reach (NANOCHAT_EVAL_BUNDLE names a copy)")
         else:
             evaluation = CoreEvaluation(tokenizer, args.max_per_task, limit)

@@ -39,20 +39,20 @@ def parse_args(argv):
     parser.add_argument("--run", default="dummy", help="name of the wandb run; dummy: no wandb")
     add_runtime_flags(parser)
     # model
-    parser.add_argument("--depth", type=integer(1), default=20, help="number of layers")
+    parser.add_argument("--depth", type=integer(1, 1000), default=20, help="number of layers")
     parser.add_argument("--aspect-ratio", type=integer(1), default=64, help="width = depth x this")
     parser.add_argument("--head-dim", type=integer(2), default=128, help="channels of an attention head, even")
     parser.add_argument("--max-seq-len", type=integer(2), default=2048, help="context, tokens")
     parser.add_argument("--window-pattern", default="SSSL", help="tiled over layers: L full context, S a quarter")
     parser.add_argument("--fp8", action="store_true", help="float8 matrix products; H100 or newer, needs torchao")
     # horizon: the first that is given
-    parser.add_argument("--num-iterations", type=integer(1, off=-1), default="-1", help="optimizer steps")
+    parser.add_argument("--num-iterations", type=integer(1, 10**9, off=-1), default="-1", help="optimizer steps")
     parser.add_argument("--target-flops", type=number(1, off=-1), default="-1", help="training FLOPs")
     parser.add_argument("--target-param-data-ratio", type=number(1e-3), default=12.0, help="tokens per parameter")
     # optimization
     parser.add_argument("--device-batch-size", type=batch_size, default=None,
                         help="rows a device takes at a time (32, or fewer if the batch is smaller); auto: by its free memory")
-    parser.add_argument("--total-batch-size", type=integer(1, off=-1), default="-1", help="tokens a step; -1 by the plan")
+    parser.add_argument("--total-batch-size", type=integer(1, 2**32, off=-1), default="-1", help="tokens a step; -1 by the plan")
     parser.add_argument("--embedding-lr", type=number(), default=0.3, help="at width 768 and batch 2^19")
     parser.add_argument("--unembedding-lr", type=number(), default=0.008, help="likewise")
     parser.add_argument("--matrix-lr", type=number(), default=0.02, help="of Muon, likewise")
@@ -179,10 +179,10 @@ def main(argv=None) -> dict:
 
     # --- loop ---
     writer = CheckpointWriter(directory, runtime, args.keep_last)
-    writer.start(step)
     progress = Progress(runtime, directory, num_iterations=run_plan.num_iterations, first_step=state.step, run=args.run,
                         config=vars(args) | {"plan": asdict(run_plan)}, flops_per_token=run_plan.flops_per_token,
                         peak_flops=peak * runtime.world_size)
+    writer.start(step)
     started_s = state.trained_s
 
     def save():

@@ -141,9 +141,9 @@ def main(argv=None) -> dict:
 
     # --- loop ---
     writer = CheckpointWriter(directory, runtime, args.keep_last)
-    writer.start(step)
     progress = Progress(runtime, directory, num_iterations=num_iterations, first_step=state.step, run=args.run,
                         config=vars(args), flops_per_token=0.0, peak_flops=None)
+    writer.start(step)
     started_s = state.trained_s
 
     def save():

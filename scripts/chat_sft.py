@@ -251,10 +251,10 @@ def main(argv=None) -> dict:
 
     # --- loop ---
     writer = CheckpointWriter(directory, runtime, args.keep_last)
-    writer.start(step)
     progress = Progress(runtime, directory, num_iterations=run_plan.num_iterations, first_step=state.step, run=args.run,
                         config=vars(args) | {"plan": asdict(run_plan)}, flops_per_token=run_plan.flops_per_token,
                         peak_flops=peak * runtime.world_size)
+    writer.start(step)
     started_s = state.trained_s
 
     def save():

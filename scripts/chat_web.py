@@ -51,14 +51,14 @@ def main(argv=None) -> dict:
     parser.add_argument("-m", "--max-tokens", type=integer(1, 4096), default=512, help="where a request names none")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: reachable from other machines")
     parser.add_argument("-p", "--port", type=integer(0, 65535), default=8000, help="0: any free one")
-    parser.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"), help="wanted from clients; or NANOCHAT_API_KEY")
+    parser.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY") or None, help="wanted from clients; or NANOCHAT_API_KEY")
     parser.add_argument("--cors-origin", action="append", default=[], metavar="URL",
                         help="lets pages of this origin use the API from browsers; may be repeated")
     parser.add_argument("--log-content", action="store_true", help="log what is asked and answered")
     parser.add_argument("--drain-seconds", type=number(0, 3600), default=30.0, help="that running answers get at shutdown")
     args = parser.parse_args(argv)
-    if args.api_key and not re.fullmatch("[!-~]+", args.api_key):
-        raise UserError("--api-key: expected ASCII letters, digits and signs, no spaces; browsers send nothing else")
+    if args.api_key is not None and not re.fullmatch("[!-~]+", args.api_key):
+        raise UserError("--api-key: expected one or more ASCII letters, digits and signs, no spaces; browsers send nothing else")
     directory, meta, tokenizer = locate_model(args.source, args.model_tag, args.step)
     name = f"{args.source} {directory.name}, step {meta['step']}"
     device_type = args.device_type or autodetect_device_type()

@@ -28,7 +28,7 @@ def main(argv=None) -> dict:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-chars", type=integer(1), default=2_000_000_000, help="characters to train on")
     parser.add_argument("--doc-cap", type=integer(1), default=10_000, help="characters used of one document")
-    parser.add_argument("--vocab-size", type=integer(265), default=32768, help="tokens, the 9 specials included")
+    parser.add_argument("--vocab-size", type=integer(265, 2**24), default=32768, help="tokens, the 9 specials included")
     parser.add_argument("--first-files", type=integer(1, off=-1), default="-1",
                         help="train on the first so many files of the corpus, the others may still be on their way; -1 all")
     parser.add_argument("--data-dir", default=None, help="folder of parquet, jsonl or txt files in place of the corpus")

@@ -18,6 +18,8 @@ class CustomJSON(Task):
             conversation = {"messages": value} if isinstance(value, list) else value
             try:
                 check_conversation(conversation)
+                if all(message["role"] != "assistant" for message in conversation["messages"]):
+                    raise UserError("no message of role assistant, so nothing to learn")
             except UserError as error:
                 raise UserError(f"{path}, line {number}: {error}") from error
             self.conversations.append(conversation)

@@ -87,7 +87,7 @@ def test_clear_errors(base_dir, cpu, tokenizer):
     save(root / "d1", [1], cpu, tokenizer_hash=tokenizer.content_hash())
     path = root / "d1" / "model_000001.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="truncated or damaged"):
         cm.load_model("base", torch.device("cpu"), "eval")
     for text in ("{", "{}"):
         (root / "d1" / "meta_000001.json").write_text(text)
@@ -150,3 +150,14 @@ def test_full_disk_leaves_earlier_checkpoints_intact(tmp_path):
     assert cm.find_steps(tmp_path) == [1] and torch.equal(cm.load_tensors(tmp_path / "model_000001.pt")["w"],
                                                           torch.ones(1000))
     assert not list(tmp_path.glob("*.tmp")) and json.loads((tmp_path / "meta_000001.json").read_text()) == {"step": 1}
+
+
+@pytest.mark.parametrize("damage", [{"model_config": {}}, {"model_config": None}, {"step": 7}, {"step": None},
+                                    {"model_config": {"version": "x"}}])
+def test_a_meta_file_with_wrong_contents(base_dir, cpu, tokenizer, damage):
+    directory = cm.source_dir("base") / "d1"
+    save(directory, [1], cpu, tokenizer_hash=tokenizer.content_hash())
+    path = directory / "meta_000001.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(UserError, match="damaged|does not fit"):
+        cm.load_model("base", torch.device("cpu"), "eval")

@@ -1,6 +1,7 @@
 """The loaders: exact state, the same stream for every world size, packing, and the traps of SFT at short contexts."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -226,3 +227,14 @@ def test_climbmix_needs_its_own_validation_shard(tmp_path, monkeypatch):
     write_parquet(shards / "shard_06542.parquet", ["held out"])
     corpus = find_corpus()
     assert [p.name for p in corpus.val] == ["shard_06542.parquet"] and len(corpus.train) == 3
+
+
+def test_own_files_that_are_none(base_dir, tmp_path):
+    (tmp_path / "val.txt").write_text("words " * 300)
+    (tmp_path / "train.jsonl").write_bytes('{"text": "written by an editor that marks UTF-8"}\n'.encode("utf-8-sig"))
+    (tmp_path / "folder.txt").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert [path.stem.split("-")[0] for path in find_corpus(tmp_path).train] == ["train"]
+    (tmp_path / "lost.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="lost.txt is a link to no file"):
+        find_corpus(tmp_path)

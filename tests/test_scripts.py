@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,7 +103,35 @@ def test_a_fresh_run_keeps_the_earlier_one(trained, capsys):
     assert (trained / "base_checkpoints" / "again.previous1" / "model_000003.pt").exists()
 
 
+def test_a_run_that_does_not_start_leaves_the_earlier_one_in_its_place(trained, monkeypatch):
+    base_train.main([*TINY, "--model-tag=kept"])
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "too short")
+    with pytest.raises(UserError, match="wandb"):
+        base_train.main([*TINY, "--model-tag=kept", "--run=trial"])
+    assert (trained / "base_checkpoints" / "kept" / "model_000003.pt").exists()
+
+
+def test_a_model_that_diverged_is_not_called_done(trained, capsys):
+    with pytest.raises(UserError, match="broken"):
+        base_train.main([*TINY, "--model-tag=diverged", "--matrix-lr=1e30", "--embedding-lr=1e30"])
+    assert "done:" not in capsys.readouterr().out
+
+
+def test_a_replaced_tokenizer_is_kept(trained, tmp_path, monkeypatch, capsys):
+    base = tmp_path / "copy"
+    shutil.copytree(trained, base)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    tok_train.main(["--vocab-size=500"])
+    kept = re.search(r"kept as (tokenizer_\w{8}\.json)", capsys.readouterr().out)[1]
+    with pytest.raises(UserError, match=kept):
+        chat_cli.main(["-p", "Hello"])
+    (base / "tokenizer" / kept).rename(base / "tokenizer" / "tokenizer.json")
+    chat_cli.main(["-p", "Hello", "-m", "2"])
+
+
 @pytest.mark.parametrize("flags,match", [
+    (["--max-seq-len=100000000", "--num-iterations=-1", "--total-batch-size=-1"], "target-param-data-ratio"),
     (["--depth=0"], "depth"), (["--depth=-1"], "depth"), (["--num-iterations=0"], "num-iterations"),
     (["--max-seq-len=1"], "max-seq-len"), (["--window-pattern=XYZ"], "window pattern"), (["--head-dim=63"], "head dim 63"),
     (["--matrix-lr=-0.1"], "matrix-lr"), (["--embedding-lr=nan"], "embedding-lr"), (["--scalar-lr=inf"], "scalar-lr"),

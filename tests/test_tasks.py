@@ -119,7 +119,7 @@ def test_customjson(tmp_path):
     path.write_text(json.dumps({"messages": messages}) + "\n\n" + json.dumps(messages) + "\n")
     task = CustomJSON(path)
     assert len(task) == 2 and task[0] == task[1] == {"messages": messages}
-    for line in ('{"messages": [{"role": "robot", "content": "x"}]}', "not json", "{}", "[]"):
+    for line in ('{"messages": [{"role": "robot", "content": "x"}]}', "not json", "{}", "[]", '[{"role": "user", "content": "a"}]'):
         path.write_text(json.dumps(messages) + "\n" + line + "\n")
         with pytest.raises(UserError, match="line 2"):
             CustomJSON(path)
