@@ -101,14 +101,14 @@ def converse(engine: Engine, args, name: str) -> None:
         except KeyboardInterrupt:
             print("\n(/quit or Ctrl-D leaves)")
             continue
-        if text in ("/quit", "/exit"):
+        if text.lower() in ("/quit", "/exit", "quit", "exit"):
             return
-        if text == "/clear":
+        if text.lower() in ("/clear", "clear"):
             messages = []
             print("(forgotten)")
             continue
         if text.startswith("/"):
-            print(f"unknown command {text.split()[0]}; {HELP}")
+            print(f"unknown command {text}; {HELP}")
             continue
         if not text:
             continue
