@@ -202,6 +202,7 @@ def main(argv=None) -> dict:
     runtime = compute_init(args.device_type, DTYPES[(meta or base_meta)["dtype"]])
     if args.device_batch_size == "auto":
         device_batch, micro_steps = rows_that_fit(config, rows_per_step, runtime)
+    peak, peak_source = peak_for(runtime.device, runtime.dtype)  # before the loader's thread takes a core
     loader = SFTLoader(tokenizer, mixture, runtime, device_batch, sequence_len, meta and meta["loader"], rows_per_step)
     num_iterations = args.num_iterations or max(1, round(loader.count_rows() / rows_per_step))
     run_plan = RunPlan(num_iterations, total_batch, device_batch, micro_steps,
@@ -215,7 +216,6 @@ def main(argv=None) -> dict:
         return {"step": num_iterations, "val_bpb": meta["val_bpb"], "directory": str(directory), "finished": True}
     state = LoopState(**meta["loop"]) if meta else LoopState()
     check_dtype(meta, runtime)
-    peak, peak_source = peak_for(runtime.device, runtime.dtype)
     print0(f"device: {peak_source} | world size {runtime.world_size} | {runtime.dtype_name} "
            f"({runtime.dtype_reason})")
     print0(f"plan: {num_iterations:,} steps of {rows_per_step} rows x {sequence_len} tokens; {device_batch} rows x "
