@@ -58,7 +58,7 @@ def test_a_rank_that_fails_ends_the_job_and_says_why(tmp_path, deed, line):
 def test_the_same_mistake_is_told_once(base_dir, tmp_path):
     done = subprocess.run(tiny.command(["scripts.base_train", "--depth=0"], 2), cwd=REPO, capture_output=True, text=True,
                           env=os.environ | {"NANOCHAT_BASE_DIR": str(base_dir)})
-    assert done.stderr.count("argument --depth: expected a number at least 1, got 0") == 1, done.stderr
+    assert done.stderr.count("argument --depth: expected a number from 1 to 1000, got 0") == 1, done.stderr
     assert "exitcode  : 2" in done.stderr
 
 

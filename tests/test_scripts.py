@@ -104,10 +104,14 @@ def test_a_fresh_run_keeps_the_earlier_one(trained, capsys):
 
 
 def test_a_run_that_does_not_start_leaves_the_earlier_one_in_its_place(trained, monkeypatch):
+    import wandb
+
+    def refuses(**settings):
+        raise wandb.errors.UsageError("No API key configured")
+
     base_train.main([*TINY, "--model-tag=kept"])
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("WANDB_API_KEY", "too short")
-    with pytest.raises(UserError, match="wandb"):
+    monkeypatch.setattr(wandb, "init", refuses)
+    with pytest.raises(UserError, match="wandb does not start .No API key"):
         base_train.main([*TINY, "--model-tag=kept", "--run=trial"])
     assert (trained / "base_checkpoints" / "kept" / "model_000003.pt").exists()
 
