@@ -89,8 +89,7 @@ def _climbmix_corpus() -> Corpus:
     shards = sorted(climbmix_dir().glob("shard_*.parquet"))
     val = climbmix_dir() / shard_name(CLIMBMIX_LAST)
     if val not in shards:
-        raise UserError(f"the validation shard {val.name} is missing in {climbmix_dir()}: run python -m nanochat.dataset "
-                        "-n 1")
+        raise UserError(f"{climbmix_dir()} lacks the validation shard {val.name}: run python -m nanochat.dataset -n 1")
     if len(shards) == 1:
         raise UserError(f"no training shard in {climbmix_dir()}: run python -m nanochat.dataset -n 8")
     return Corpus("ClimbMix", tuple(p for p in shards if p != val), (val,))
