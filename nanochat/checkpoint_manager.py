@@ -282,7 +282,7 @@ def find_resume_step(directory: Path, wanted: int | str | None) -> int | None:
 def load_meta(directory: Path, step: int) -> dict:
     """Meta of a checkpoint; UserError if the file is damaged."""
     meta = read_json(directory / f"meta_{step:06d}.json")
-    if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict) or meta.get("step") != step:
+    if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict) or meta.setdefault("step", step) != step:
         raise UserError(f"{directory / f'meta_{step:06d}.json'} is damaged; choose another step")
     return meta
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat import ranks
+from nanochat import hardware, ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICE_TYPES = ("cuda", "cpu", "mps")
@@ -189,7 +189,7 @@ def run_script(main) -> None:
             detail = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])[:120]
             _fail(f"lost contact with another rank ({detail}); if no rank says why, one was killed; run the same command again "
                   "(trainings: with --resume)", 1)
-        if ranks.is_out_of_memory(error):
+        if hardware.is_out_of_memory(error):
             _fail("out of memory: take a smaller model (--depth), fewer rows at a time (--device-batch-size), or a machine "
                   f"with more ({str(error).splitlines()[0][-90:]})", 2)
         traceback.print_exc()

@@ -90,8 +90,8 @@ static char *lay_out(matrix *to, char *memory, const real *x, int64_t T, int64_t
     return (char *)(to->turned_right + size / PAIR);
 }
 
-// scale times x (D, BLOCK) -> the first `count` rows of out (BLOCK, D), which lie `stride` apart; x is lost.
-static void store_transposed(real *out, int64_t stride, int64_t count, int64_t D, float *x, float *scratch, float scale) {
+// scale times x (D, BLOCK) -> the first `count` rows of out (BLOCK, D), which lie `stride` apart.
+static void store_transposed(real *out, int64_t stride, int64_t count, int64_t D, const float *x, float *scratch, float scale) {
     const int64_t wide = rounded_up(D, WIDE);
     transpose((word *)scratch, x, wide, BLOCK);
     for (int64_t r = 0; r < count; r++)
@@ -260,7 +260,7 @@ static void attend_group(const attention_arguments *a, int64_t b, int64_t head, 
 }
 
 // Causal attention: q, k, v -> out, normalizer; or, where there is a gradient, all these -> grad_q, grad_k, grad_v.
-// Both functions return 0, or 1 if there is not enough memory.
+// Returns 0, or 1 if there is not enough memory, as softmax_gradient does.
 int attention(const attention_arguments *a) {
     const int64_t rows = rounded_up(a->T, BLOCK), D = rounded_up(a->D, WIDE);
     const int64_t matrices = 4 * 4 * rows * D * sizeof(real), sums = (3 * rows * D + 2 * rows) * sizeof(float);
@@ -308,7 +308,7 @@ int softmax_gradient(real *raw, const float *valid, float *sums, int64_t n, int6
     return failed;
 }
 
-// Whether there is more than one thread here.
+// Whether this was compiled with OpenMP, without which there is one thread.
 int threaded(void) {
 #if defined(_OPENMP)
     return 1;

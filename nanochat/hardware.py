@@ -66,6 +66,12 @@ def peak_for(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return measured_flops(device, dtype, repeats=9, best=True), f"{name}, measured {str(dtype).removeprefix('torch.')} matrix product"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, or a kernel of ours, got no memory on whatever device."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("allocate memory", "not enough memory")))
+
+
 def free_memory_bytes(device: torch.device, processes: int = 1) -> float:
     """Memory that a new process may take: the GPU's, else a share of the host's, control group limits included."""
     if device.type == "cuda":

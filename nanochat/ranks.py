@@ -11,7 +11,6 @@ import threading
 import time
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 POLL_S = 1.0
@@ -103,12 +102,6 @@ def publish_failure(reason: str) -> str | None:
         return None if told == mine else told
     except (RuntimeError, ValueError):  # the store is gone too
         return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch, or a kernel of ours, got no memory on whatever device."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("allocate memory", "not enough memory")))
 
 
 def is_lost_contact(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nanochat import ranks
 from nanochat.common import Runtime, UserError, compile_problem, print0
-from nanochat.hardware import free_memory_bytes
+from nanochat.hardware import free_memory_bytes, is_out_of_memory
 from nanochat.progress import clock
 from nanochat.scaling import CPU_PIECE_TOKENS, fitting_rows, share_rows
 
@@ -195,7 +195,7 @@ def train_step(model, optimizer, batches: list, runtime, scaler=None, may_run_ou
             total += loss.detach()
             (loss if scaler is None else scaler.scale(loss)).backward()
     except RuntimeError as error:
-        if not may_run_out or not ranks.is_out_of_memory(error):
+        if not may_run_out or not is_out_of_memory(error):
             raise
         ran_out, loss = True, None  # the graph's tensors are freed
     if may_run_out and runtime.any(ran_out):

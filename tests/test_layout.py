@@ -9,7 +9,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 LEVELS = {
-    0: "sandbox execution ranks common hardware schedule packing calculator cpu_kernels gpu_kernels flash_attention loss optim synthetic sampling answer",
+    0: "sandbox execution ranks hardware common schedule packing calculator cpu_kernels gpu_kernels flash_attention loss optim synthetic sampling answer",
     1: "hub progress results tokenizer kv_cache gpt choice_scoring",
     2: "fp8 scaling dataset train_step api",
     3: "checkpoint_manager dataloader decode_graph engine",

@@ -227,7 +227,7 @@ def test_every_flag_has_help():
 
 
 def test_conversation_in_the_terminal(trained, monkeypatch, capsys):
-    lines = iter(["Hello", "/clear", "/what", "", "Hi again", "/quit"])
+    lines = iter(["Hello", "/clear", "/what", "", "Hi again", "exit"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     chat_cli.main(["-m", "5", "--seed", "3"])
     out = capsys.readouterr().out
